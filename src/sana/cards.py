@@ -1,0 +1,244 @@
+"""CARDS: one table of every released SANA checkpoint and of the built-in model. Torch-free.
+
+Sources: the model tables of the public documentation (hub ids, variants, dtypes), the model cards (licence, languages)
+and the published configuration files. Parameter counts are those of the transformer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sana.config import AutoencoderConfig, TransformerConfig
+
+NVIDIA_LICENCE = "NVIDIA licence (NSCL v2-custom) and Gemma terms of use"
+HALF = {"transformer": "float16", "text_encoder": "bfloat16", "vae": "bfloat16"}
+BFLOAT = {"transformer": "bfloat16", "text_encoder": "bfloat16", "vae": "bfloat16"}
+FULL = {"transformer": "float32", "text_encoder": "float32", "vae": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What must be known about a model before it is loaded, and what it is best run with."""
+
+    name: str
+    """Name on the command line."""
+    transformer: TransformerConfig
+    """Architecture of the diffusion transformer."""
+    params: int
+    """Parameters of the transformer."""
+    base_size: int
+    """Side in pixels of the pictures it was trained on."""
+    hub_id: str | None = None
+    """Repository on the Hugging Face hub; None for a built-in model."""
+    folder: str | None = None
+    """Folder under the package's assets for a built-in model; None for one that is downloaded."""
+    variant: str | None = None
+    """File variant to load, or None where the repository has only plain files."""
+    product: str = "text-to-image"
+    """text-to-image, sprint or controlnet."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """Architecture of the autoencoder."""
+    flow_shift: float = 3.0
+    """Shift of the sigma grid towards noise; scm has none."""
+    sampler: str = "flow-dpm"
+    """Sampler the model is run with by default: flow-dpm or scm."""
+    dtypes: Mapping[str, str] = field(default_factory=lambda: dict(BFLOAT))
+    """Recommended dtype of each part. The text encoder and the autoencoder break in float16."""
+    steps: int = 20
+    """Default number of steps."""
+    guidance: float = 4.5
+    """Default guidance scale."""
+    sizes: tuple[tuple[int, int], ...] | None = None
+    """The only (height, width) it draws; None means any multiple of 32."""
+    languages: tuple[str, ...] = ("en", "zh")
+    """Prompt languages (ISO 639-1)."""
+    licence: str = NVIDIA_LICENCE
+    """Terms of the weights."""
+    research_only: bool = True
+    """Whether the model card limits use to research."""
+    note: str = ""
+    """What a user should know before choosing it."""
+
+
+SANA_AUTOENCODER = AutoencoderConfig(
+    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    upsample_block_type="interpolate",
+    downsample_block_type="Conv",
+    scaling_factor=0.41407,
+)
+"""DC-AE f32c32, versions sana-1.0 and sana-1.1."""
+
+_LARGE = TransformerConfig()
+_SMALL = TransformerConfig(
+    num_attention_heads=36,
+    num_layers=28,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
+_LARGE_NORMED = replace(_LARGE, qk_norm="rms_norm_across_heads")
+_SMALL_NORMED = replace(_SMALL, qk_norm="rms_norm_across_heads")
+_HUB = "Efficient-Large-Model/"
+
+_BF16 = Card(
+    name="sana-1.6b-1024",
+    hub_id=_HUB + "Sana_1600M_1024px_BF16_diffusers",
+    variant="bf16",
+    transformer=_LARGE,
+    params=1_604_462_752,
+    base_size=1024,
+    autoencoder=SANA_AUTOENCODER,
+    note="The usual choice. Understands emoji.",
+)
+_FP16 = replace(
+    _BF16,
+    name="sana-1.6b-1024-fp16",
+    hub_id=_HUB + "Sana_1600M_1024px_diffusers",
+    variant="fp16",
+    dtypes=HALF,
+    languages=("en",),
+    note="Users report blotches from some half-precision runs; sana-1.6b-1024 is the clean one.",
+)
+_MULTILING = replace(_FP16, languages=("en", "zh"))
+_SANA_15 = replace(
+    _BF16,
+    name="sana1.5-1.6b-1024",
+    hub_id=_HUB + "SANA1.5_1.6B_1024px_diffusers",
+    variant=None,
+    transformer=_LARGE_NORMED,
+    params=1_604_641_952,
+    note="Higher published scores than sana-1.6b-1024 at the same cost.",
+)
+_SPRINT = replace(
+    _SANA_15,
+    name="sana-sprint-1.6b-1024",
+    hub_id=_HUB + "Sana_Sprint_1.6B_1024px_diffusers",
+    product="sprint",
+    sampler="scm",
+    steps=2,
+    transformer=replace(_LARGE_NORMED, guidance_embeds=True),
+    params=1_610_237_472,
+    note="One to four steps.",
+)
+_TEACHER = replace(
+    _SANA_15,
+    name="sana-sprint-teacher-1.6b-1024",
+    hub_id=_HUB + "SANA_Sprint_1.6B_1024px_teacher_diffusers",
+    transformer=replace(_LARGE_NORMED, timestep_scale=0.001),
+    note="For distillation; it needs the full number of steps.",
+)
+_NANO = Card(
+    name="nano",
+    folder="nano",
+    transformer=TransformerConfig(
+        num_attention_heads=8,
+        num_layers=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=64,
+        cross_attention_dim=256,
+        caption_channels=192,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads",
+        interpolation_scale=1.0,
+    ),
+    params=8_928_800,
+    base_size=256,
+    autoencoder=AutoencoderConfig(),
+    flow_shift=1.0,
+    dtypes=FULL,
+    sizes=((256, 256),),
+    languages=("en",),
+    licence="Apache-2.0",
+    research_only=False,
+    note="Comes with the package and knows only the drawn world it was trained on.",
+)
+
+_ALL = (
+    _NANO,
+    _BF16,
+    _FP16,
+    replace(
+        _MULTILING,
+        name="sana-1.6b-1024-multiling",
+        hub_id=_HUB + "Sana_1600M_1024px_MultiLing_diffusers",
+        note="Understands emoji. Users report bad pictures in half precision; sana-1.6b-1024 knows the same languages.",
+    ),
+    replace(
+        _FP16,
+        name="sana-1.6b-512",
+        hub_id=_HUB + "Sana_1600M_512px_diffusers",
+        transformer=replace(_LARGE, sample_size=16),
+        base_size=512,
+        note="",
+    ),
+    replace(
+        _MULTILING,
+        name="sana-1.6b-512-multiling",
+        hub_id=_HUB + "Sana_1600M_512px_MultiLing_diffusers",
+        transformer=replace(_LARGE, sample_size=16),
+        base_size=512,
+        note="Understands emoji.",
+    ),
+    replace(
+        _MULTILING,
+        name="sana-0.6b-1024",
+        hub_id=_HUB + "Sana_600M_1024px_diffusers",
+        transformer=_SMALL,
+        params=591_747_872,
+        note="Trained with flow shift 4, published with 3.",
+    ),
+    replace(
+        _MULTILING,
+        name="sana-0.6b-512",
+        hub_id=_HUB + "Sana_600M_512px_diffusers",
+        transformer=replace(_SMALL, sample_size=16),
+        params=591_747_872,
+        base_size=512,
+        note="The smallest download.",
+    ),
+    replace(
+        _BF16,
+        name="sana-1.6b-2k",
+        hub_id=_HUB + "Sana_1600M_2Kpx_BF16_diffusers",
+        transformer=replace(_LARGE, sample_size=64, interpolation_scale=1.0),
+        base_size=2048,
+        note="Decoding needs much memory: tile it.",
+    ),
+    replace(
+        _BF16,
+        name="sana-1.6b-4k",
+        hub_id=_HUB + "Sana_1600M_4Kpx_BF16_diffusers",
+        transformer=replace(_LARGE, sample_size=128, interpolation_scale=2.0),
+        base_size=4096,
+        flow_shift=6.0,
+        note="Decoding needs very much memory: tile it, with tiles of 1024 pixels.",
+    ),
+    _SANA_15,
+    replace(
+        _SANA_15,
+        name="sana1.5-4.8b-1024",
+        hub_id=_HUB + "SANA1.5_4.8B_1024px_diffusers",
+        transformer=replace(_LARGE_NORMED, num_layers=60),
+        params=4_721_825_952,
+        note="The highest published scores of the family, at three times the work of the 1.6B models.",
+    ),
+    _SPRINT,
+    replace(
+        _SPRINT,
+        name="sana-sprint-0.6b-1024",
+        hub_id=_HUB + "Sana_Sprint_0.6B_1024px_diffusers",
+        transformer=replace(_SMALL_NORMED, guidance_embeds=True),
+        params=593_501_216,
+    ),
+    _TEACHER,
+    replace(
+        _TEACHER,
+        name="sana-sprint-teacher-0.6b-1024",
+        hub_id=_HUB + "Sana_Sprint_0.6B_1024px_teacher_diffusers",
+        transformer=replace(_SMALL_NORMED, timestep_scale=0.001),
+        params=591_876_896,
+    ),
+)
+
+CARDS: dict[str, Card] = {card.name: card for card in _ALL}
+"""Every known model by name."""

@@ -1,0 +1,202 @@
+"""A whole pipeline from and to a folder in the published layout: `model_index.json` and one subfolder per part."""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, find_weights, index_parts, part_of, part_variants
+from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel, as_dtype, reject_unknown
+from sana.checkpoints.schedulers import SCHEDULERS
+from sana.checkpoints.text_parts import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer, no_progress_bars
+from sana.checkpoints.weights import MAX_SHARD_SIZE, inspect, settle, stored_dtype, sync, write_json
+from sana.errors import CheckpointError, InvalidInput, did_you_mean
+from sana.flow.scheduler_base import Face
+
+DtypeChoice = torch.dtype | str | Mapping[str, torch.dtype | str] | None
+"""A dtype, its name, "auto" (as stored), or a mapping from part names and "default" to these.
+
+None means float32, and for the text encoder as stored, as in the reference.
+"""
+
+COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+_NO_FLOAT16 = ("text_encoder", "vae")
+_log = logging.getLogger(__name__)
+
+
+def load_parts(
+    folder: str | Path,
+    *,
+    torch_dtype: DtypeChoice = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    only: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
+    **components: Any,
+) -> dict[str, Any]:
+    """Load the parts that `model_index.json` lists, as part name -> object; models come in evaluation mode.
+
+    `components` are taken as they are instead of being loaded, None included. `only` names the parts to load; the
+    others are None. A part without the wanted variant is loaded from its plain files if another part has the variant.
+    Errors: ModelNotFound (an OSError) and CheckpointError (a ValueError) naming what is missing or wrong; InvalidInput
+    for unknown part names and dtypes.
+    """
+    root = Path(folder)
+    listed = index_parts(root)
+    known = tuple(dict.fromkeys((*COMPONENTS, *listed)))
+    reject_unknown("from_pretrained", [name for name in components if name not in known], known)
+    for name in only or ():
+        if name not in known:
+            raise InvalidInput(f"There is no part '{name}' in {root}.{did_you_mean(name, known)}")
+    classes = {
+        name: entry[1]
+        for name, entry in listed.items()
+        if entry is not None and name not in components and (only is None or name in only)
+    }
+    for name, class_name in classes.items():
+        _check_class(name, class_name, root)
+    variants = part_variants(root, classes, variant)
+    for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
+        find_weights(
+            root / name, part_of(name), variants[name], use_safetensors
+        )  # absent files show before any is read
+    dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors)
+    parts: dict[str, Any] = {name: components.get(name) for name in known}
+    for name, class_name in classes.items():
+        part_folder, part_variant = root / name, variants.get(name)
+        if class_name in TOKENIZERS:
+            parts[name] = load_tokenizer(part_folder, class_name)
+        elif class_name in SCHEDULERS:
+            parts[name] = SCHEDULERS[class_name].from_folder(part_folder)
+        else:
+            parts[name] = _load_weighted(part_folder, class_name, dtypes[name], part_variant, use_safetensors, device)
+        _log.info("loaded %s as %s from %s", name, class_name, part_folder)
+    return parts
+
+
+def _load_weighted(
+    folder: Path,
+    class_name: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    use_safetensors: bool | None,
+    device: torch.device | str,
+) -> Any:
+    if class_name in TEXT_ENCODERS:
+        return load_text_encoder(
+            folder, class_name, dtype=dtype, variant=variant, use_safetensors=use_safetensors, device=device
+        )
+    return MODELS[class_name].from_pretrained(
+        folder, torch_dtype=dtype, variant=variant, use_safetensors=use_safetensors, device_map=device
+    )
+
+
+def part_dtypes(
+    root: Path,
+    choice: DtypeChoice,
+    variants: Mapping[str, str | None],
+    known: Iterable[str],
+    use_safetensors: bool | None = None,
+) -> dict[str, torch.dtype]:
+    """Choose the dtype of each part in `variants`.
+
+    Text encoder and autoencoder overflow in float16. Unless float16 is asked for by their own name they get bfloat16
+    instead, and one warning is logged.
+    Errors: InvalidInput for an unknown dtype, or a part name that is not in `known`.
+    """
+    named = choice if isinstance(choice, Mapping) else {"default": choice}
+    for name in named:
+        if name not in ("default", *known):
+            hint = did_you_mean(str(name), ("default", *known))
+            raise InvalidInput(f"torch_dtype names '{name}', which is no part of this model.{hint}")
+    chosen: dict[str, torch.dtype] = {}
+    softened: list[str] = []
+    for name, variant in variants.items():
+        wanted = named.get(name, named.get("default"))
+        if wanted == "auto" or (wanted is None and name == "text_encoder"):
+            chosen[name] = stored_dtype(inspect(find_weights(root / name, part_of(name), variant, use_safetensors)))
+        else:
+            chosen[name] = as_dtype(wanted) or torch.float32
+        if chosen[name] == torch.float16 and name in _NO_FLOAT16 and name not in named:
+            chosen[name] = torch.bfloat16
+            softened.append(name)
+    if softened:
+        advice = "name the part in torch_dtype={...} to insist"
+        _log.warning("%s: loaded in bfloat16 because float16 overflows there; %s", " and ".join(softened), advice)
+    return chosen
+
+
+def save_parts(
+    folder: str | Path,
+    parts: Mapping[str, Any],
+    *,
+    class_name: str = "SanaPipeline",
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Write parts (None for an absent one) as a folder that this package and the reference load.
+
+    `model_index.json` is removed first and written last, so an interrupted save is no model. The text encoder is always
+    written as safetensors.
+    Errors: InvalidInput for a path that is a file, and for a part that cannot be saved, before anything is written.
+    """
+    root = Path(folder)
+    if root.is_file():
+        raise InvalidInput(f"'{root}' is a file; give a folder to save the pipeline to.")
+    whole = {
+        name: getattr(part, "_orig_mod", part) for name, part in parts.items()
+    }  # of a compiled module the original
+    entries = {name: _index_entry(name, part) for name, part in whole.items()}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MODEL_INDEX).unlink(missing_ok=True)
+    for name, part in whole.items():
+        if part is None:
+            continue
+        options: dict[str, Any] = {}
+        if part_of(name).stem:
+            options = {"variant": variant, "max_shard_size": max_shard_size or MAX_SHARD_SIZE}
+            if entries[name][0] != "transformers":
+                options["safe_serialization"] = safe_serialization
+        if entries[name][0] == "transformers":
+            with no_progress_bars():
+                part.save_pretrained(root / name, **options)
+            settle(root / name)
+        else:
+            part.save_pretrained(root / name, **options)
+    write_json(root / MODEL_INDEX, {"_class_name": class_name, "_diffusers_version": LAYOUT_VERSION, **entries})
+    sync(root)
+
+
+def _check_class(name: str, class_name: str, root: Path) -> None:
+    known = (*MODELS, *TEXT_ENCODERS, *TOKENIZERS, *SCHEDULERS)
+    if class_name not in known:
+        text = f"Part '{name}' in {root} is of class {class_name}, which is not among the known ones"
+        raise CheckpointError(f"{text} ({', '.join(known)}): pass {name}= an object, or {name}=None.")
+
+
+def _savable(part: Any) -> Any:
+    """Return what stands behind a compiled module, and the loadable face of a bare scheduler."""
+    if isinstance(part, Face) and type(part).__name__ in SCHEDULERS:
+        return SCHEDULERS[type(part).__name__].from_config(part.to_config())
+    return getattr(part, "_orig_mod", part)
+
+
+def _index_entry(name: str, part: Any) -> list[str | None]:
+    """Return [library, class] of a part; our own classes carry the library name that readers of the layout know."""
+    if part is None:
+        return [None, None]
+    library = type(part).__module__.partition(".")[0].replace("sana", "diffusers")
+    if library not in ("diffusers", "transformers") or not hasattr(part, "save_pretrained"):
+        raise InvalidInput(
+            f"Part '{name}' is a {type(part).__name__}, which cannot be saved; leave it out or pass None."
+        )
+    return [library, type(part).__name__]
+
+
+MODELS: dict[str, type[SanaTransformer2DModel] | type[AutoencoderDC]] = {
+    "SanaTransformer2DModel": SanaTransformer2DModel,
+    "AutoencoderDC": AutoencoderDC,
+}

@@ -1,0 +1,299 @@
+"""From a name to a local folder: an existing folder, a card's short name, the built-in model or a hub repository.
+
+Local first: when the cached snapshot of the wanted revision has all the files that are needed, no request is made.
+Otherwise exactly the needed files are fetched with `huggingface_hub`, which resumes, locks and caches.
+"""
+
+import hashlib
+import importlib.resources
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sana.cards import CARDS, Card
+from sana.checkpoints.layout import MODEL_INDEX, missing_files, part_of, wanted_files
+from sana.errors import CheckpointError, InvalidInput, ModelNotFound, did_you_mean
+
+REQUEST_TIMEOUT = 10.0
+"""Seconds the hub has for its first answer."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_HASH_BLOCK = 1 << 22
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Where a model lies, and what its name already says about it."""
+
+    folder: Path
+    """Local folder in the published layout."""
+    variant: str | None = None
+    """Variant to load: the caller's, or the one the card of a short name recommends."""
+    card: Card | None = None
+    """The card whose short name or hub id was given."""
+    commit: str | None = None
+    """Commit of a folder that came from the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """Which files of which repository are asked for, and how the hub may be asked."""
+
+    repo: str
+    parts: tuple[str, ...] | None
+    variant: str | None
+    use_safetensors: bool | None
+    revision: str | None
+    cache_dir: Path | None
+    token: str | bool | None
+    endpoint: str | None
+
+    @property
+    def title(self) -> str:
+        return f"'{self.repo}' at revision '{self.revision or constants.DEFAULT_REVISION}'"
+
+
+def locate(
+    name: str | Path,
+    *,
+    parts: Sequence[str] | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+) -> Located:
+    """Find a model by folder, short name or hub id, downloading only what is missing.
+
+    `parts` are the subfolders that will be loaded (None: all, `("",)`: a model saved alone). `revision` is a branch, a
+    tag or a commit; `endpoint` replaces the public hub.
+    Errors: ModelNotFound when the name is unknown or its files can be had neither here nor from the hub;
+    CheckpointError when the repository has no such variant or a download is damaged; InvalidInput for a file's path.
+    """
+    path = Path(name).expanduser()
+    if not str(name).strip():  # as a path it would be the working folder
+        raise _unknown(name)
+    if path.is_dir():
+        return Located(folder=path, variant=variant, card=_card_of(str(name)))
+    if path.is_file():
+        raise InvalidInput(f"'{name}' is a file; give the model folder that it lies in.")
+    card = _card_of(str(name))
+    if card is not None and card.folder is not None:
+        return Located(folder=_built_in(card), variant=variant or card.variant, card=card)
+    if card is None and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
+        raise _unknown(name)
+    wanted = _Wanted(
+        repo=(card.hub_id if card else None) or str(name),
+        parts=tuple(parts) if parts is not None else None,
+        variant=variant or (card.variant if card and card.name == name else None),
+        use_safetensors=use_safetensors,
+        revision=revision,
+        cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
+        token=token,
+        endpoint=endpoint,
+    )
+    folder = _obtain(wanted, offline=local_files_only or constants.HF_HUB_OFFLINE, force=force_download)
+    _log.info("%s is commit %s", wanted.title, folder.name)
+    return Located(folder=folder, variant=wanted.variant, card=card, commit=folder.name)
+
+
+def _card_of(name: str) -> Card | None:
+    return CARDS.get(name) or next((card for card in CARDS.values() if name == card.hub_id), None)
+
+
+def _built_in(card: Card) -> Path:
+    folder = Path(str(importlib.resources.files("sana"))) / "assets" / str(card.folder)
+    if not folder.is_dir():
+        raise ModelNotFound(f"The built-in model '{card.name}' is not part of this installation: install it again.")
+    return folder
+
+
+def _unknown(name: str | Path) -> ModelNotFound:
+    path = Path(name).expanduser()
+    siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    if len(path.parts) > 1 or str(name).startswith((".", "~")):
+        return ModelNotFound(f"There is no model folder '{name}'.{did_you_mean(path.name, siblings)}")
+    known = f"Known names: {', '.join(CARDS)}; a folder or a hub id such as 'organisation/model' will do as well."
+    return ModelNotFound(f"There is no model '{name}'.{did_you_mean(str(name), [*CARDS, *siblings])} {known}")
+
+
+def _obtain(wanted: _Wanted, *, offline: bool, force: bool) -> Path:
+    """Return the snapshot folder, from the cache if it is complete there."""
+    cached = _cached_folder(wanted)
+    sizes = _expected_sizes(wanted) if cached else {}
+    damaged = [file for file, size in sizes.items() if cached and _size(cached / file) not in (None, size)]
+    if cached and not force and _is_complete(cached, wanted, sizes):
+        return cached
+    will_do = (
+        cached if cached and not force and not damaged and not _lacks(cached, wanted, plain_will_do=True) else None
+    )
+    if offline:
+        if will_do:
+            return will_do
+        lack = f"its file {damaged[0]} is cut short" if damaged else "not all of its files are in the cache"
+        advice = "allow one download (no local_files_only, no HF_HUB_OFFLINE) or pass a folder"
+        text = f"{wanted.title} cannot be loaded offline because {lack}: {advice}."
+        raise ModelNotFound(text + _folder_hint(wanted.repo))
+    for file in damaged:
+        _forget(cached / file if cached else Path(file))
+    try:
+        folder = _download(wanted, force=force)
+    except ModelNotFound as error:
+        if will_do is None:
+            raise
+        _log.warning("using commit %s of '%s' from the cache: %s", will_do.name, wanted.repo, error)
+        return will_do
+    if lacking := _lacks(folder, wanted, plain_will_do=True):
+        raise ModelNotFound(f"{wanted.title} has no {lacking[0]}: it is no model of this kind.")
+    return folder
+
+
+def _cached_folder(wanted: _Wanted) -> Path | None:
+    """Return the snapshot folder of the revision as far as it is in the cache."""
+    first = wanted.parts[0] if wanted.parts else None
+    probes = [MODEL_INDEX] if first is None else [MODEL_INDEX, f"{first}/{part_of(first).config}".lstrip("/")]
+    for probe in probes:
+        found = try_to_load_from_cache(
+            wanted.repo, probe, cache_dir=wanted.cache_dir, revision=wanted.revision or constants.DEFAULT_REVISION
+        )
+        if isinstance(found, str):
+            return Path(found).parents[probe.count("/")]
+    return None
+
+
+def _expected_sizes(wanted: _Wanted) -> dict[str, int]:
+    """Return wanted file -> bytes by the listing that an earlier download kept; empty when none fits."""
+    read = getattr(huggingface_hub, "get_cached_repo_tree", None)  # huggingface_hub 1.x keeps no listing
+    if read is None:
+        return {}
+    try:
+        sizes = {
+            file.path: file.size for file in read(wanted.repo, revision=wanted.revision, cache_dir=wanted.cache_dir)
+        }
+        files = wanted_files(sizes, wanted.parts, wanted.variant, wanted.use_safetensors)
+    except (huggingface_hub.errors.CachedRepoTreeNotFoundError, CheckpointError, ModelNotFound):
+        return {}
+    return {file: sizes[file] for file in files}
+
+
+def _is_complete(folder: Path, wanted: _Wanted, sizes: Mapping[str, int]) -> bool:
+    """Tell whether a snapshot needs nothing more; without a listing only an unambiguous folder counts."""
+    if sizes:
+        return all(_size(folder / file) == size for file, size in sizes.items())
+    return not _lacks(folder, wanted)
+
+
+def _lacks(folder: Path, wanted: _Wanted, *, plain_will_do: bool = False) -> tuple[str, ...]:
+    return missing_files(folder, wanted.parts, wanted.variant, wanted.use_safetensors, plain_will_do=plain_will_do)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _forget(pointer: Path) -> None:
+    """Remove a cached file and the blob it points to, so that it is fetched again."""
+    blob = pointer.resolve()
+    pointer.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+def _download(wanted: _Wanted, *, force: bool) -> Path:
+    """Fetch the wanted files of one commit.
+
+    Errors: ModelNotFound with the hub library's error as its cause; CheckpointError for a file whose hash is wrong.
+    """
+    api = HfApi(endpoint=wanted.endpoint, token=wanted.token, library_name="sanakit")
+    try:
+        info = api.model_info(wanted.repo, revision=wanted.revision, timeout=REQUEST_TIMEOUT)
+    except Exception as error:  # the client's transport library, and with it its errors, depends on its version
+        raise _not_served(wanted, error) from error
+    listing = [file.rfilename for file in info.siblings or ()]
+    files = wanted_files(listing, wanted.parts, wanted.variant, wanted.use_safetensors)
+    if not files:
+        raise ModelNotFound(f"{wanted.title} holds no model in the known layout (no {MODEL_INDEX} or config.json).")
+    present = [file for file in files if not force and _cached_file(wanted, file, str(info.sha))]
+    try:
+        folder = snapshot_download(
+            wanted.repo,
+            revision=wanted.revision,
+            cache_dir=wanted.cache_dir,
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in files],
+            force_download=force,
+            token=wanted.token,
+            endpoint=wanted.endpoint,
+            library_name="sanakit",
+        )
+    except Exception as error:  # as above
+        raise _not_served(wanted, error) from error
+    for file in sorted(set(files) - set(present)):
+        _check_hash(Path(folder) / file)
+    return Path(folder)
+
+
+def _cached_file(wanted: _Wanted, file: str, commit: str) -> bool:
+    return isinstance(try_to_load_from_cache(wanted.repo, file, cache_dir=wanted.cache_dir, revision=commit), str)
+
+
+def _check_hash(pointer: Path) -> None:
+    """Compare a downloaded file with the SHA-256 that names its blob (large files have one, small ones do not).
+
+    Errors: CheckpointError; the file is removed from the cache first.
+    """
+    expected = pointer.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{64}", expected):
+        return
+    digest = hashlib.sha256()
+    with pointer.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        _forget(pointer)
+        raise CheckpointError(f"The download of {pointer.name} was damaged on the way and was removed: load it again.")
+
+
+def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:
+    """Say in one sentence why the hub did not deliver, and what to do."""
+    hub = wanted.endpoint or constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        page = f"{hub}/{wanted.repo}"
+        return ModelNotFound(f"'{wanted.repo}' is gated: accept its terms at {page} and run `hf auth login`.")
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFound(f"'{wanted.repo}' has no revision '{wanted.revision}': leave it out for the newest one.")
+    if isinstance(error, RepositoryNotFoundError):
+        hint = did_you_mean(wanted.repo, [card.hub_id for card in CARDS.values() if card.hub_id])
+        text = f"There is no folder '{wanted.repo}' here, and {hub} has no model of that name that it may show"
+        return ModelNotFound(f"{text}: check the name, or `hf auth login` if it is private.{hint}")
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    if isinstance(cause, HfHubHTTPError):
+        reason = f"answered with status {cause.response.status_code}"
+    else:
+        reason = f"could not be used ({type(cause).__name__})"
+    advice = "try again later (finished files are kept) or pass a folder"
+    text = f"{hub} {reason} and {wanted.title} is not complete in the cache: {advice}."
+    return ModelNotFound(text + _folder_hint(wanted.repo))
+
+
+def _folder_hint(repo: str) -> str:
+    """Help with a mistyped relative path, which looks like a hub id, when its first half is a folder here."""
+    parent, _, name = repo.partition("/")
+    if not Path(parent).is_dir():
+        return ""
+    siblings = [entry.name for entry in Path(parent).iterdir() if entry.is_dir()]
+    return f" (There is no folder '{repo}' here either.{did_you_mean(name, siblings)})"

@@ -1,0 +1,363 @@
+"""The public model classes: the pure modules plus loading, saving, a readable configuration and memory switches.
+
+Shapes: B batch, L latent channels, H W image size, h w latent size.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from sana.checkpoints import hub
+from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, ROOT, Weights, find_weights, part_of, read_json
+from sana.checkpoints.weights import (
+    MAX_SHARD_SIZE,
+    Stored,
+    inspect,
+    load_into,
+    save_weights,
+    stored_dtype,
+    sync,
+    write_json,
+)
+from sana.config import AutoencoderConfig, TransformerConfig
+from sana.errors import CheckpointError, InvalidInput, did_you_mean
+from sana.memory import tiling
+from sana.models.dc_ae import DCAutoencoder
+from sana.models.linear_dit import LinearDiT
+from sana.models.outputs import DecoderOutput, EncoderOutput
+
+MAX_INTEGER = 1 << 24
+"""No honest configuration holds a larger number; it bounds what a hostile one can ask for."""
+
+_WITHOUT_EFFECT = ("low_cpu_mem_usage", "disable_mmap")
+"""Documented arguments of `from_pretrained` that ask for what is always done here."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_log = logging.getLogger(__name__)
+
+
+class FieldMapping(Mapping[str, Any]):
+    """Lets a configuration be read like a dict too: `config["sample_size"]`, `dict(config)`, `"qk_norm" in config`."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._names():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cast(Any, self)))
+
+
+class TransformerSettings(TransformerConfig, FieldMapping):
+    """`SanaTransformer2DModel.config`."""
+
+
+class AutoencoderSettings(AutoencoderConfig, FieldMapping):
+    """`AutoencoderDC.config`."""
+
+
+def as_dtype(value: torch.dtype | str | None, name: str = "torch_dtype") -> torch.dtype | None:
+    """Turn a dtype or its name into a dtype; None and "auto" ("as stored") give None.
+
+    Errors: InvalidInput naming the choices.
+    """
+    if value is None or value == "auto":
+        return None
+    found = _DTYPES.get(str(value).removeprefix("torch."))
+    if found is None:
+        raise InvalidInput(f"{name} is {value!r}; choose 'auto' or one of {', '.join(_DTYPES)}.")
+    return found
+
+
+def one_device(device_map: torch.device | str | None) -> torch.device:
+    """Return the device that `device_map` names; None is the CPU.
+
+    Errors: InvalidInput for a placement over several devices.
+    """
+    try:
+        return torch.device(device_map or "cpu")
+    except RuntimeError as error:
+        raise InvalidInput(f"device_map is {device_map!r}; name one device such as 'cpu' or 'cuda:0'.") from error
+
+
+def reject_unknown(call: str, unknown: Sequence[str], known: Sequence[str]) -> None:
+    """Raise InvalidInput for the first argument that `call` does not know."""
+    if unknown:
+        raise InvalidInput(f"{call} has no argument '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+
+
+class PretrainedMixin(nn.Module):
+    """From and to folders in the published layout, for a module that is built from a configuration."""
+
+    config_type: ClassVar[type[TransformerSettings] | type[AutoencoderSettings]]
+    config: TransformerSettings | AutoencoderSettings
+
+    def __init__(self, **fields: Any) -> None:
+        """Build with random weights from the configuration's fields, by keyword; missing ones take their default.
+
+        Errors: InvalidInput for an unknown field, a wrong type or a contradiction.
+        """
+        names = tuple(field.name for field in dataclasses.fields(self.config_type))
+        unknown = [name for name in fields if name not in names and not name.startswith("_")]
+        reject_unknown(type(self).__name__, unknown, names)
+        config = self.config_type.from_dict(fields)
+        super().__init__(config)
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the floating-point parameters."""
+        return next(tensor.dtype for tensor in self.parameters() if tensor.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Count the parameters."""
+        return sum(tensor.numel() for tensor in self.parameters() if tensor.requires_grad or not only_trainable)
+
+    @classmethod
+    def load_config(cls, folder: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+        """Return the `config.json` of a model as a dict; `where` are the arguments of `from_pretrained`."""
+        located = hub.locate(folder, parts=(subfolder or ROOT,), **where)
+        return read_json(located.folder / (subfolder or ROOT) / "config.json")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | TransformerConfig | AutoencoderConfig, **changes: Any) -> Self:
+        """Build with random weights from a mapping or another model's `.config`; unknown keys warn.
+
+        Errors: InvalidInput naming the field.
+        """
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        known = cls.config_type.from_dict(values)
+        return cls(**{**known.to_dict(), **changes})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        use_safetensors: bool | None = None,
+        device_map: str | torch.device | None = None,
+        **unused: Any,
+    ) -> Self:
+        """Load from a folder, a short name or a hub id, strictly, in evaluation mode.
+
+        `torch_dtype` (or `dtype`): a dtype or its name, "auto" for the stored one, None for float32. `device_map`: the
+        one device to load to.
+        Errors: ModelNotFound (an OSError) and CheckpointError (a ValueError), naming what is missing or wrong;
+        InvalidInput for an unknown argument.
+        """
+        unknown = [name for name in unused if name not in _WITHOUT_EFFECT]
+        reject_unknown(f"{cls.__name__}.from_pretrained", unknown, tuple(cls.from_pretrained.__annotations__))
+        device = one_device(device_map)
+        wanted = torch_dtype if torch_dtype is not None else dtype
+        located = hub.locate(
+            pretrained_model_name_or_path,
+            parts=(subfolder or ROOT,),
+            variant=variant,
+            use_safetensors=use_safetensors,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            token=token,
+            endpoint=endpoint,
+        )
+        folder = located.folder / (subfolder or ROOT)
+        config = _read_config(folder)
+        weights = find_weights(folder, part_of(subfolder or ROOT), located.variant, use_safetensors)
+        stored = inspect(weights)
+        chosen = stored_dtype(stored) if wanted == "auto" else as_dtype(wanted) or torch.float32
+        return cls.from_weights(config, weights, stored, dtype=chosen, device=device)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: Mapping[str, Any],
+        weights: Weights,
+        stored: Mapping[str, Stored],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Build from a `config.json` and inspected weights: on the meta device first, so memory holds one copy.
+
+        Errors: CheckpointError when the configuration is unusable or the tensors do not fit it.
+        """
+        where = weights.folder / "config.json"
+        _check_config(config, cls.__name__, len(stored), where)
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except (InvalidInput, RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
+        load_into(model, weights, stored, dtype=dtype, device=device)
+        _log.info("loaded %s from %s in %s", cls.__name__, weights.folder, dtype)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        safe_serialization: bool = True,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write `config.json` and the weights; the configuration comes last, so a killed save does not look complete.
+
+        Errors: InvalidInput for a path that is a file; NonFinite for weights with NaN.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise InvalidInput(f"'{folder}' is a file; give a folder to save the model to.")
+        (folder / "config.json").unlink(missing_ok=True)
+        save_weights(
+            self.state_dict(),
+            folder,
+            part_of(ROOT),
+            variant=variant,
+            max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
+        )
+        header = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
+        write_json(folder / "config.json", {**header, **self.config.to_dict()})
+        sync(folder)
+
+
+class SanaTransformer2DModel(PretrainedMixin, LinearDiT):
+    """SANA's linear diffusion transformer; see `LinearDiT` for its inputs and `TransformerConfig` for its fields."""
+
+    config_type = TransformerSettings
+    config: TransformerSettings
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations for the backward pass."""
+        self.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.gradient_checkpointing
+
+
+class AutoencoderDC(PretrainedMixin, DCAutoencoder):
+    """The deep-compression autoencoder; see `DCAutoencoder` for shapes and `AutoencoderConfig` for its fields."""
+
+    config_type = AutoencoderSettings
+    config: AutoencoderSettings
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_height = self.tile_sample_min_width = 512
+        self.tile_sample_stride_height = self.tile_sample_stride_width = 448
+
+    @property
+    def tile_latent_min_height(self) -> int:
+        """Height of a tile in latent positions."""
+        return self.tile_sample_min_height // self.spatial_compression_ratio
+
+    @property
+    def tile_latent_min_width(self) -> int:
+        """Width of a tile in latent positions."""
+        return self.tile_sample_min_width // self.spatial_compression_ratio
+
+    def enable_slicing(self) -> None:
+        """Encode and decode a batch one picture at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a batch at once."""
+        self.use_slicing = False
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Work in overlapping tiles of these sizes, in pixels, once a side is longer; None keeps the size set before.
+
+        Errors: InvalidInput for strides that cannot cover a picture.
+        """
+        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
+        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
+        self.tile_sample_stride_height = tile_sample_stride_height or self.tile_sample_stride_height
+        self.tile_sample_stride_width = tile_sample_stride_width or self.tile_sample_stride_width
+        self.use_tiling = True
+        self._tiles().in_latents(self.spatial_compression_ratio)
+
+    def disable_tiling(self) -> None:
+        """Work on whole pictures."""
+        self.use_tiling = False
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
+        """Return the latent of pictures, [B, 3, H, W] -> [B, L, h, w], sliced and tiled as switched on."""
+        latent = tiling.encode(self, x, self._tiles() if self.use_tiling else None, self.use_slicing)
+        return EncoderOutput(latent) if return_dict else (latent,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Return the pictures of latents, [B, L, h, w] -> [B, 3, H, W], sliced and tiled as switched on."""
+        sample = tiling.decode(self, z, self._tiles() if self.use_tiling else None, self.use_slicing)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def _tiles(self) -> tiling.Tiling:
+        return tiling.Tiling(
+            tile_height=self.tile_sample_min_height,
+            tile_width=self.tile_sample_min_width,
+            stride_height=self.tile_sample_stride_height,
+            stride_width=self.tile_sample_stride_width,
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / MODEL_INDEX).is_file() and not (folder / "config.json").is_file():
+        raise InvalidInput(f"{folder} is the folder of a pipeline; pass subfolder='transformer' or subfolder='vae'.")
+    return read_json(folder / "config.json")
+
+
+def _check_config(config: Mapping[str, Any], class_name: str, num_tensors: int, where: Path) -> None:
+    """Refuse a configuration of another class, or one that asks for absurd sizes, before anything is built from it."""
+    named = config.get("_class_name", class_name)
+    if named != class_name:
+        raise CheckpointError(f"{where} is the configuration of {named}, not of {class_name}: load it with that class.")
+    for key, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > MAX_INTEGER:
+                raise CheckpointError(f"{where} sets {key} to {number}, which no real model has.")
+            if "layers" in key and isinstance(number, int) and number > num_tensors:
+                text = f"{where} asks for {number} {key} but the files hold only {num_tensors} tensors"
+                raise CheckpointError(f"{text}: configuration and weights do not belong together.")

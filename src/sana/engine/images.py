@@ -1,0 +1,179 @@
+"""Pixels in and out: decoded tensors to pictures, pictures to files, files to pictures.
+
+Legend: B images, C = 3 colours, H W pixels; decoded tensors span about -1 to 1, returned ones 0 to 1.
+"""
+
+import io
+import os
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sana.engine.metadata import Level, png_info
+from sana.engine.request import Result
+from sana.engine.resolution import fitted_size
+from sana.errors import InvalidInput, NonFinite, did_you_mean
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
+
+MAX_DOWNLOAD = 100 * 2**20
+DOWNLOAD_TIMEOUT = 30.0
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise NonFinite, naming `what`, if any value is NaN or infinite: such values never become a picture."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise NonFinite(
+            f"The {what} contain NaN or infinity, so there is no picture. Load the text encoder and the VAE in bfloat16"
+            " or float32, and the transformer in the dtype its model card names."
+        )
+
+
+def resize_and_crop(image_BCHW: Tensor, height: int, width: int) -> Tensor:
+    """Resize bilinearly (no antialias, in the tensor's dtype) until the target is covered, then cut its centre out."""
+    old_height, old_width = image_BCHW.shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return image_BCHW
+    fitted = fitted_size(old_height, old_width, height, width)
+    image_BCHW = torch.nn.functional.interpolate(image_BCHW, size=fitted, mode="bilinear", align_corners=False)
+    top, left = (fitted[0] - height) // 2, (fitted[1] - width) // 2
+    return image_BCHW[:, :, top : top + height, left : left + width]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise InvalidInput for an unknown output type."""
+    if output_type not in OUTPUT_TYPES:
+        raise InvalidInput(
+            f"`output_type` must be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}."
+            f"{did_you_mean(str(output_type), OUTPUT_TYPES)}"
+        )
+
+
+def to_pictures(decoded_BCHW: Tensor, output_type: str = "pil") -> Any:
+    """Turn decoded images into what the caller asked for.
+
+    Args:
+        decoded_BCHW: the decoder's output, about -1 to 1.
+        output_type: "pt" ([B, 3, H, W] in the decoder's dtype), "np" ([B, H, W, 3], float32), both 0 to 1, or "pil".
+
+    Raises:
+        NonFinite: a value is NaN or infinite.
+        InvalidInput: the output type is unknown.
+    """
+    check_output_type(output_type)
+    check_finite(decoded_BCHW, "decoded images")
+    unit_BCHW = (decoded_BCHW / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return unit_BCHW
+    unit_BHWC = unit_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
+    if output_type == "np":
+        return unit_BHWC
+    return [Image.fromarray(pixels) for pixels in (unit_BHWC * 255).round().astype(np.uint8)]
+
+
+def save_png(result: Result, index: int, path: str | Path, *, metadata: Level = "full", force: bool = False) -> Path:
+    """Write one picture of a result as PNG with its metadata and return the path.
+
+    The file appears complete or not at all: it is written under another name in the same folder and then renamed.
+
+    Raises:
+        InvalidInput: the name does not end in .png, the folder is missing, or the file exists and `force` is off.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise InvalidInput(f"{target} does not end in .png; pictures are written as PNG. Change the name.")
+    info = png_info(result, index, metadata)
+    image = result.images[index]
+    write_atomically(target, lambda file: image.save(file, format="PNG", pnginfo=info), force=force)
+    return target
+
+
+def write_atomically(target: Path, write: Callable[[io.BufferedWriter], None], *, force: bool = False) -> None:
+    """Call `write` with a temporary file beside `target`, then give it the final name in one step.
+
+    Raises:
+        InvalidInput: the folder is missing, or the file exists and `force` is off.
+    """
+    if not target.parent.is_dir():
+        raise InvalidInput(f"The folder {target.parent} does not exist. Create it first.")
+    if target.exists() and not force:
+        raise _exists(target)
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if force:
+            os.replace(temporary, target)
+        else:
+            _publish_new(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish_new(temporary: Path, target: Path) -> None:
+    """Name the finished file, refusing in the same step if another process took the name meanwhile."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # the file system has no hard links: claim the name first, then replace the empty claim
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise _exists(target) from None
+        os.replace(temporary, target)
+
+
+def _exists(target: Path) -> InvalidInput:
+    return InvalidInput(f"{target} exists already and is not overwritten. Choose another name, or allow it with force.")
+
+
+def load_image(
+    image: "str | Path | Image.Image", convert_method: Callable[[Image.Image], Image.Image] | None = None
+) -> Image.Image:
+    """Return a picture, upright and in RGB, from a path, an http(s) address or a PIL image.
+
+    Args:
+        image: where the picture is.
+        convert_method: called instead of the conversion to RGB.
+
+    Raises:
+        InvalidInput: nothing is there, it is no picture, or the download exceeds 100 MB or 30 s of silence.
+    """
+    if isinstance(image, str | Path):
+        source: Any = io.BytesIO(_download(image)) if str(image).startswith(("http://", "https://")) else image
+        try:
+            with Image.open(source) as opened:
+                picture = ImageOps.exif_transpose(opened)
+        except FileNotFoundError:
+            raise InvalidInput(f"There is no picture at {image}. Give a path or an http(s) address.") from None
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise InvalidInput(f"{image} cannot be read as a picture ({error}). Give a PNG file, say.") from error
+    elif isinstance(image, Image.Image):
+        picture = ImageOps.exif_transpose(image)
+    else:
+        raise InvalidInput(f"`image` must be a path, an http(s) address or a PIL image but is {type(image).__name__}.")
+    return convert_method(picture) if convert_method is not None else picture.convert("RGB")
+
+
+def _download(address: object) -> bytes:
+    """Fetch an http(s) address (the caller checks that it is one), at most `MAX_DOWNLOAD` bytes."""
+    try:
+        with urllib.request.urlopen(str(address), timeout=DOWNLOAD_TIMEOUT) as answer:
+            data: bytes = answer.read(MAX_DOWNLOAD + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InvalidInput(f"The picture at {address} cannot be fetched ({error}). Check the address.") from error
+    if len(data) > MAX_DOWNLOAD:
+        raise InvalidInput(f"The picture at {address} exceeds {MAX_DOWNLOAD >> 20} MB. Download it and give the path.")
+    return data

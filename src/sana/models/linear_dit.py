@@ -1,0 +1,228 @@
+"""The linear diffusion transformer of SANA (arXiv 2410.10629).
+
+Shapes: B batch, C latent channels, H W latent size, P patch side, h w token grid (H/P, W/P), N = h * w tokens, D width,
+T text length, E text width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sana.config import TransformerConfig
+from sana.errors import InvalidInput
+from sana.models.outputs import Transformer2DModelOutput
+from sana.nn.attention import CrossAttention, KeyValue, LinearSelfAttention, text_bias
+from sana.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, position_table
+from sana.nn.mixffn import GLUMBConv
+from sana.nn.norms import RMSNorm
+
+OUTPUT_NORM_EPS = 1e-6
+
+
+class Modulation(NamedTuple):
+    """What the network takes from time and guidance; it depends on nothing else."""
+
+    mod_B6D: Tensor
+    embedded_BD: Tensor
+
+
+def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """Return x (1 + scale) + shift."""
+    return torch.addcmul(shift_B1D, x_BND, 1 + scale_B1D)
+
+
+class LinearBlock(nn.Module):
+    """Linear self-attention, cross-attention to the caption, convolutional feed-forward, [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=config.norm_eps)
+        self.attn1 = LinearSelfAttention(
+            dim,
+            config.num_attention_heads,
+            config.attention_head_dim,
+            config.attention_bias,
+            config.dropout,
+            config.qk_norm,
+        )
+        self.attn2 = CrossAttention(
+            dim, config.num_cross_attention_heads, config.cross_attention_head_dim, config.dropout, config.qk_norm
+        )
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=config.norm_elementwise_affine, eps=config.norm_eps)
+        self.ff = GLUMBConv(dim, dim, config.mlp_ratio)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
+
+    def forward(
+        self, x_BND: Tensor, grid: tuple[int, int], mod_B6D: Tensor, kv: KeyValue, bias_B11T: Tensor | None
+    ) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + mod_B6D).chunk(6, dim=1)
+        x = torch.addcmul(x_BND, gate_a, self.attn1(modulate(self.norm1(x_BND), shift_a, scale_a)))
+        x = x + self.attn2(x, kv, bias_B11T)
+        # Tokens in row order are the channels-last image: both views are free of copies.
+        image_BhwD = modulate(self.norm2(x), shift_f, scale_f).view(x.shape[0], *grid, -1)
+        return torch.addcmul(x, gate_f, self.ff(image_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2))
+
+
+class LinearDiT(nn.Module):
+    """Predict the velocity of latents under a caption; parameter names are those of the published checkpoints.
+
+    `forward` is the composition of four pieces. An engine that runs many steps computes `encode_caption` and
+    `cross_attention_kv` once per prompt, `modulation` once per timestep and only `denoise` per step and latent.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim = config.inner_dim
+        self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
+        self.time_embed = TimeEmbed(dim, config.guidance_embeds)
+        self.caption_projection = CaptionProjection(config.caption_channels, dim)
+        self.caption_norm = RMSNorm(dim, eps=1e-5)
+        self.transformer_blocks = nn.ModuleList(LinearBlock(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / math.sqrt(dim))
+        self.proj_out = nn.Linear(dim, config.patch_size**2 * config.prediction_channels)
+        self._positions: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def encode_caption(self, encoder_hidden_states: Tensor) -> Tensor:
+        """Project and normalise the text encoder's states: [B, T, E] -> [B, T, D]."""
+        out: Tensor = self.caption_norm(self.caption_projection(encoder_hidden_states))
+        return out
+
+    def cross_attention_kv(self, caption_BTD: Tensor) -> tuple[KeyValue, ...]:
+        """Project an encoded caption to keys and values of every block: [B, T, D] -> per block ([B, A, T, K], same)."""
+        return tuple(block.attn2.key_value(caption_BTD) for block in self._blocks())
+
+    def modulation(self, timestep_B: Tensor, guidance_B: Tensor | None = None) -> Modulation:
+        """Embed time, already times `timestep_scale`, and guidance, already times `guidance_embeds_scale`: [B], [B].
+
+        Errors: InvalidInput for a timestep that is not one-dimensional, and for a guidance that the model does not
+        take or lacks.
+        """
+        if timestep_B.ndim != 1:
+            raise InvalidInput(f"timestep has shape {tuple(timestep_B.shape)}; give one value per latent, shape [B].")
+        if self.config.guidance_embeds != (guidance_B is not None):
+            hint = "needs an embedded guidance; pass" if guidance_B is None else "takes no embedded guidance; omit"
+            raise InvalidInput(f"This transformer {hint} it (config.guidance_embeds).")
+        return Modulation(*self.time_embed(timestep_B, guidance_B, self.scale_shift_table.dtype))
+
+    def denoise(
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        kv: Sequence[KeyValue],
+        mask: Tensor | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the blocks: latents [B, C, H, W] -> velocity [B, C_out, H, W], contiguous.
+
+        `mask` [B, T] is 1 at valid text positions; None means that all are valid. The samples [B, N, D] of a control
+        branch are added after blocks 1, 2, ... in turn, as in the published models.
+        Errors: InvalidInput for a latent size that the patches do not divide.
+        """
+        patch = self.config.patch_size
+        height, width = latents.shape[-2:]
+        if height % patch or width % patch:
+            raise InvalidInput(f"The latent is {height}x{width}; both sides must be multiples of the patch, {patch}.")
+        grid = (height // patch, width // patch)
+        x = self.patch_embed(latents)
+        if self.config.interpolation_scale is not None:
+            x = (x + self._position_table(grid, x.device)).to(x.dtype)
+        bias = None if mask is None else text_bias(mask, kv[0][1].dtype)
+        residuals = () if controlnet_block_samples is None else tuple(controlnet_block_samples)
+        for index, (block, block_kv) in enumerate(zip(self._blocks(), kv, strict=True)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, grid, modulation.mod_B6D, block_kv, bias, use_reentrant=False)
+            else:
+                x = block(x, grid, modulation.mod_B6D, block_kv, bias)
+            if 1 <= index <= len(residuals):
+                x = x + residuals[index - 1]
+        shift, scale = (self.scale_shift_table + modulation.embedded_BD[:, None]).chunk(2, dim=1)
+        x = F.layer_norm(x, x.shape[-1:], eps=OUTPUT_NORM_EPS)
+        return self._unpatchify(self.proj_out(modulate(x, shift, scale)), grid)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity at `timestep` [B] of latents [B, C, H, W] under text states [B, T, E].
+
+        `attention_mask` and `attention_kwargs` belong to the documented signature and change nothing here.
+        Errors: those of `modulation` and `denoise`.
+        """
+        kv = self.cross_attention_kv(self.encode_caption(encoder_hidden_states))
+        modulation = self.modulation(timestep, guidance)
+        sample = self.denoise(hidden_states, modulation, kv, encoder_attention_mask, controlnet_block_samples)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _blocks(self) -> list[LinearBlock]:
+        return list(self.transformer_blocks)  # type: ignore[arg-type]
+
+    def _position_table(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        key = (*grid, device)
+        if key not in self._positions:
+            config = self.config
+            base, scale = config.sample_size // config.patch_size, config.interpolation_scale
+            assert scale is not None
+            self._positions[key] = position_table(*grid, config.inner_dim, base, scale).to(device)
+        return self._positions[key]
+
+    def _unpatchify(self, x_BNF: Tensor, grid: tuple[int, int]) -> Tensor:
+        patch = self.config.patch_size
+        x = x_BNF.view(x_BNF.shape[0], *grid, patch, patch, -1)  # [B, h, w, P, P, C]
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).contiguous()
+
+    def init_weights(
+        self, generator: torch.Generator | None = None, caption_norm_scale: float = 0.01, zero_output: bool = False
+    ) -> None:
+        """Draw new weights for training from scratch; every parameter is set, on the device where it lies.
+
+        `caption_norm_scale` is the first weight of the caption norm. `zero_output` makes the first prediction 0, so
+        that the first loss is known exactly; the published recipe leaves the output projection drawn.
+        Source: the recipe of arXiv 2410.10629: Xavier for linear layers, N(0, 0.02) for the layers that embed time and
+        caption, N(0, 1/D) for the modulation tables.
+        """
+        for module in self.modules():
+            _init_module(module, generator)
+        for embedder in (self.time_embed, self.caption_projection):
+            for module in embedder.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+        projection = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1), generator=generator)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.constant_(self.caption_norm.weight, caption_norm_scale)
+        for table in (self.scale_shift_table, *(block.scale_shift_table for block in self._blocks())):
+            nn.init.normal_(table, std=table.shape[1] ** -0.5, generator=generator)
+        if zero_output:
+            nn.init.zeros_(self.proj_out.weight)
+
+
+def _init_module(module: nn.Module, generator: torch.Generator | None) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight, generator=generator)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+        if module.bias is not None:
+            bound = module.weight[0].numel() ** -0.5
+            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+    elif isinstance(module, RMSNorm | nn.LayerNorm):
+        for name, parameter in module.named_parameters(recurse=False):
+            nn.init.constant_(parameter, float(name == "weight"))

@@ -1,0 +1,143 @@
+"""Recipes: a TOML file says what is trained, on what, for how long; every key can be overridden on the command line.
+
+A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]` and one named after its objective,
+whose keys are the fields of that objective's own settings.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sana.errors import InvalidInput, ModelNotFound, did_you_mean
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How long, how often, and in which precision."""
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: str = "auto"
+    """bf16 (autocast), float32, or auto: bf16 where the device computes it natively."""
+    threads: int = 1
+    """CPU threads of this process. One is the fastest per core when anything else runs on the machine."""
+    compile: bool = False
+    accumulate: int = 1
+    ema: float = 0.999
+    """Decay of the averaged weights (warmed up as (1 + k) / (10 + k)); 0 switches averaging off."""
+    log_every: int = 20
+    save_every: int = 200
+    evaluate_every: int = 500
+    max_non_finite: int = 20
+    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be."""
+        for name in ("steps", "batch_size", "threads", "accumulate", "log_every", "save_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"run.{name} must be at least 1, but is {getattr(self, name)}.")
+        if not 0 <= self.ema < 1:
+            raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
+        if self.precision not in ("auto", "bf16", "float32"):
+            raise InvalidInput(f"run.precision must be auto, bf16 or float32, but is '{self.precision}'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW, or Muon for the matrices and AdamW for the rest."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 100
+    decay_share: float = 0.4
+    """The last share of the steps over which the rate falls linearly to a hundredth."""
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown optimisers and rates that cannot train."""
+        if self.name not in ("adamw", "muon"):
+            raise InvalidInput(f"optimizer.name must be adamw or muon, but is '{self.name}'.")
+        if not self.lr > 0:
+            raise InvalidInput(f"optimizer.lr must be positive, but is {self.lr}.")
+        if not 0 <= self.decay_share <= 1:
+            raise InvalidInput(f"optimizer.decay_share must lie in [0, 1], but is {self.decay_share}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A parsed recipe: which objective, its own table, and the shared settings."""
+
+    objective: str
+    run: RunSettings
+    optimizer: OptimizerSettings
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Make the dataclass `cls` from a TOML table; lists become tuples, unknown keys and wrong types are errors."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise InvalidInput(f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}.")
+        default = fields[key].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if default is not dataclasses.MISSING and default is not None and not isinstance(value, list | type(default)):
+            raise InvalidInput(f"{where}.{key} must be of type {type(default).__name__}, but is {value!r}.")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    missing = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in values
+    ]
+    if missing:
+        raise InvalidInput(f"{where} lacks {', '.join(missing)}; add it to the recipe.")
+    return cls(**values)
+
+
+def _override(tables: dict[str, Any], key: str, text: str) -> None:
+    """Set `table.key` from its TOML spelling; a bare word counts as a string."""
+    table, _, name = key.partition(".")
+    if not name:
+        raise InvalidInput(f"An override is named table.key, for example run.steps; '{key}' has no dot.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    tables.setdefault(table, {})[name] = value
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read a recipe file and lay `overrides` (such as `{"run.steps": "100"}`) over it."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelNotFound(f"There is no recipe at '{path}'. The repository's are in recipes/.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"'{path}' is not valid TOML: {error}.") from error
+    objective = tables.get("objective")
+    if not isinstance(objective, str):
+        raise InvalidInput(f"'{path}' does not say what to train: add objective = \"...\" as its first line.")
+    for key, text in (overrides or {}).items():
+        _override(tables, key, text)
+    known = {"objective", "run", "optimizer", objective}
+    for name in tables:
+        if name not in known:
+            raise InvalidInput(f"'{path}' has an unknown table [{name}].{did_you_mean(name, known)}")
+    return Recipe(
+        objective=objective,
+        run=build(RunSettings, tables.get("run", {}), "run"),
+        optimizer=build(OptimizerSettings, tables.get("optimizer", {}), "optimizer"),
+        settings=tables.get(objective, {}),
+    )

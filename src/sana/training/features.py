@@ -1,0 +1,178 @@
+"""Precomputed features of drawn scenes: latents and encoded captions, in shards that appear by one rename.
+
+Scene number i is a function of (seed, i), so a shard holds no pictures and no scenes. Several processes may compute at the
+same time: each shard is computed by whoever finds it missing, and has the same bytes whoever did.
+
+Shapes: n scenes in a shard, K captions of each, C latent channels, h w latent size, R text rows of the whole shard, E text width.
+"""
+
+import functools
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sana.checkpoints.pretrained import AutoencoderDC
+from sana.data import cutouts
+from sana.data.cutout_captions import caption
+from sana.errors import CheckpointError
+from sana.text.gemma import PromptEncoder
+from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from sana.training.objectives.autoencoder import cell_labels, to_tensor
+
+SHARD = 1024
+ENCODE_BATCH = 32
+
+
+def scene_of(seed: int, index: int) -> cutouts.Scene:
+    """Training scene number `index`."""
+    return cutouts.sample_scene(random.Random(f"{seed}/scene/{index}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """All shards side by side; text rows of caption k of scene i are `text[starts[i, k] : starts[i, k] + lengths[i, k]]`."""
+
+    latents: Tensor
+    """[n, C, h, w] half precision, already times the scaling factor."""
+    labels: Tensor
+    """Kind and colour under each latent cell [n, 2, h, w], int8."""
+    text: Tensor
+    """[R, E] half precision."""
+    starts: Tensor
+    lengths: Tensor
+
+
+def load_text(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and text encoder (float32) that lie in `folder`."""
+    from transformers import AutoTokenizer, Gemma2Model
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.float32, local_files_only=True)
+    return tokenizer, encoder.eval()
+
+
+def fingerprint(folder: Path, prefix: str = "") -> str:
+    """Sixteen hex digits over the tensors below `folder` whose names begin with `prefix`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        tensors = load_file(file)
+        for name in sorted(tensors):
+            if name.startswith(prefix):
+                digest.update(name.encode())
+                digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class FeatureStore:
+    """Computes and reads the features of `scenes` drawn scenes below `folder`."""
+
+    def __init__(self, folder: Path, autoencoder: Path, text: Path, scenes: int, captions: int, seed: int) -> None:
+        """Name the store after the encoders, so that features of other weights are never read."""
+        for part in (autoencoder / "config.json", text / "text_encoder" / "config.json"):
+            if not part.is_file():
+                raise CheckpointError(f"'{part}' is missing; train the stage before this one, or name its export in the recipe.")
+        self.autoencoder, self.text = autoencoder, text
+        self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
+        self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.')}-{seed}"
+        self.text_folder = folder / f"text-{fingerprint(text)}-{captions}-{seed}"
+
+    def compute(self, kind: str = "both") -> Iterator[str]:
+        """Compute what is missing ("latents", "text" or "both"), yielding the path of every shard made here."""
+        wanted = {"text": self.text_folder, "latents": self.latents_folder}
+        for name, folder in wanted.items():
+            if kind not in (name, "both"):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            make = self._text_shard if name == "text" else self._latent_shard
+            for shard in range(self.shards):
+                target = folder / f"{shard:05d}.safetensors"
+                claim = target.with_suffix(".claim")
+                if target.exists() or not _claimed(claim):
+                    continue
+                partial = target.with_suffix(f".partial-{os.getpid()}")
+                save_file(make(shard), partial)
+                partial.rename(target)
+                claim.unlink()
+                yield str(target)
+
+    @functools.cached_property
+    def _autoencoder(self) -> AutoencoderDC:
+        return AutoencoderDC.from_pretrained(self.autoencoder, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+
+    @functools.cached_property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(*load_text(self.text), max_batch=64)
+
+    @torch.no_grad()
+    def _latent_shard(self, shard: int) -> dict[str, Tensor]:
+        latents, labels = [], []
+        for start in range(shard * SHARD, (shard + 1) * SHARD, ENCODE_BATCH):
+            scenes = [scene_of(self.seed, index) for index in range(start, start + ENCODE_BATCH)]
+            pictures = to_tensor(np.stack([cutouts.render(scene) for scene in scenes]))
+            with torch.autocast("cpu", torch.bfloat16):
+                latent = self._autoencoder.encode(pictures).latent
+            latents.append((latent.float() * self._autoencoder.config.scaling_factor).half())
+            labels += [torch.from_numpy(cell_labels(scene)).to(torch.int8) for scene in scenes]
+        return {"latents": torch.cat(latents).contiguous(), "labels": torch.stack(labels)}
+
+    @torch.no_grad()
+    def _text_shard(self, shard: int) -> dict[str, Tensor]:
+        rows, lengths = [], []
+        texts = [
+            caption(scene_of(self.seed, index), random.Random(f"{self.seed}/caption/{index}/{k}")).text
+            for index in range(shard * SHARD, (shard + 1) * SHARD)
+            for k in range(self.captions)
+        ]
+        for start in range(0, len(texts), 64):
+            encoded = self._encoder.encode(texts[start : start + 64], COMPLEX_HUMAN_INSTRUCTION)
+            sizes = encoded.mask.sum(1)
+            rows += [row[:size].half() for row, size in zip(encoded.embeds, sizes, strict=True)]
+            lengths.append(sizes)
+        return {"text": torch.cat(rows), "lengths": torch.cat(lengths).view(-1, self.captions)}
+
+    def null(self) -> Tensor:
+        """The unconditional text [1, E]: the empty prompt without the instruction."""
+        return self._encoder.encode([""]).embeds[0]
+
+    def read(self) -> Features:
+        """Everything in memory; shards that are missing are an error."""
+        names = [f"{shard:05d}.safetensors" for shard in range(self.shards)]
+        absent = [n for f in (self.latents_folder, self.text_folder) for n in names if not (f / n).exists()]
+        if absent:
+            raise CheckpointError(f"{len(absent)} feature shards are missing, the first is {absent[0]}; compute them first.")
+        images = [load_file(self.latents_folder / name) for name in names]
+        texts = [load_file(self.text_folder / name) for name in names]
+        lengths = torch.cat([text["lengths"] for text in texts])
+        starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+        return Features(
+            latents=torch.cat([image["latents"] for image in images]),
+            labels=torch.cat([image["labels"] for image in images]),
+            text=torch.cat([text["text"] for text in texts]),
+            starts=starts,
+            lengths=lengths,
+        )
+
+
+def _claimed(claim: Path) -> bool:
+    """Take a shard for this process; a claim whose process is gone is taken over."""
+    try:
+        with claim.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        try:
+            owner = int(claim.read_text(encoding="utf-8") or 0)
+            os.kill(owner, 0)
+        except (ProcessLookupError, ValueError, FileNotFoundError):
+            claim.write_text(str(os.getpid()), encoding="utf-8")
+            return True
+        return owner == os.getpid()
+    return True

@@ -1,0 +1,178 @@
+"""The one training loop: any objective, exact resume, averaged weights, a log that can be plotted.
+
+Every batch, noise draw and dropout is a function of (seed, step) alone, so a run that was killed and resumed goes
+through the same numbers as one that was not.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sana.errors import InvalidInput, NonFinite
+from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.objectives.base import Objective
+from sana.training.optimizers import Optimizers, rate
+from sana.training.state import Average, State, load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What one optimisation step reports; `figures` holds held-out figures when they were computed at this step."""
+
+    step: int
+    steps: int
+    loss: float
+    parts: dict[str, float]
+    seconds: float
+    figures: dict[str, float] | None = None
+
+
+def autocast(run: RunSettings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast where the settings and the device want it."""
+    native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    wanted = run.precision == "bf16" or (run.precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+
+
+class Trainer:
+    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, previews and, at the end, the export."""
+
+    def __init__(self, objective: Objective, run: RunSettings, optimizer: OptimizerSettings, folder: Path) -> None:
+        """Build optimiser and average, and take up the newest state in `folder` if there is one."""
+        self.objective, self.run, self.settings, self.folder = objective, run, optimizer, folder
+        self.device = next(objective.module.parameters()).device
+        self.optimizers = Optimizers(objective.module.named_parameters(), optimizer)
+        self.average = Average(objective.module, run.ema)
+        self.step = 0
+        self.refused = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._take_up()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective.name,
+            "refused": self.refused,
+            "seed": self.run.seed,
+            "batch_size": self.run.batch_size,
+            "optimizer": asdict(self.settings)["name"],
+        }
+
+    def _take_up(self) -> None:
+        state = load_state(self.folder / "states")
+        if state is None:
+            return
+        for key in ("objective", "seed", "batch_size", "optimizer"):
+            if state.facts[key] != self._facts()[key]:
+                raise InvalidInput(
+                    f"The run in '{self.folder}' was started with {key} {state.facts[key]!r}, not {self._facts()[key]!r}; "
+                    "use another folder, or the same setting."
+                )
+        self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
+        self.optimizers.load(dict(state.parts["optimizer"]))
+        self.average.values = {name: tensor.clone() for name, tensor in state.parts["ema"].items()}
+        self.step, self.refused = state.step, int(state.facts["refused"])
+        logger.info("resumed '%s' at step %d", self.folder, self.step)
+
+    def save(self) -> None:
+        """Write a state now."""
+        parts = {
+            "module": self.objective.module.state_dict(),
+            "ema": self.average.values,
+            "optimizer": self.optimizers.tensors(),
+        }
+        save_state(self.folder / "states", State(step=self.step, parts=parts, facts=self._facts()))
+
+    def _update(self) -> tuple[float, dict[str, float]]:
+        """One optimisation step over `accumulate` micro-batches; a non-finite one is refused and counted."""
+        self.objective.module.train()
+        total, parts = 0.0, {}
+        for part in range(self.run.accumulate):
+            with autocast(self.run, self.device):
+                loss, logged = self.objective.loss(self.step * self.run.accumulate + part)
+            (loss / self.run.accumulate).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach()) / self.run.accumulate
+            parts = {name: float(value) for name, value in logged.items()}
+        trainable = [p for p in self.objective.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self.settings.clip))
+        parts["gradient_norm"] = norm
+        if math.isfinite(total) and math.isfinite(norm):
+            self.optimizers.step(rate(self.step, self.run.steps, self.settings))
+            self.average.update(self.step)
+        else:
+            self.refused += 1
+            for p in trainable:
+                p.grad = None
+            if self.refused > self.run.max_non_finite:
+                self.save()
+                raise NonFinite(f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. The run is saved.")
+        return total, parts
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the module for the length of a `with` block."""
+        if self.run.ema:
+            self.average.swap()
+        self.objective.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.run.ema:
+                self.average.swap()
+
+    def _look(self) -> dict[str, float]:
+        with self.averaged():
+            figures = {name: float(value) for name, value in self.objective.evaluate().items()}
+            picture = self.objective.preview()
+        if picture is not None:
+            (self.folder / "previews").mkdir(exist_ok=True)
+            picture.save(self.folder / "previews" / f"{self.step:08d}.png")
+        return figures
+
+    def steps(self) -> Iterator[TrainStep]:
+        """Train to the end, yielding one report a step; closing the generator, or Ctrl-C in the consumer, saves first."""
+        try:
+            while self.step < self.run.steps:
+                began = time.perf_counter()
+                loss, parts = self._update()
+                self.step += 1
+                last = self.step == self.run.steps
+                figures = self._look() if last or self.step % self.run.evaluate_every == 0 else None
+                report = TrainStep(
+                    step=self.step,
+                    steps=self.run.steps,
+                    loss=loss,
+                    parts=parts,
+                    seconds=time.perf_counter() - began,
+                    figures=figures,
+                )
+                if figures is not None or self.step % self.run.log_every == 0:
+                    self._log(report)
+                if last or self.step % self.run.save_every == 0:
+                    self.save()
+                yield report
+        except (GeneratorExit, KeyboardInterrupt):
+            self.save()
+            raise
+
+    def _log(self, report: TrainStep) -> None:
+        line = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
+        if report.figures is not None:
+            line["held_out"] = report.figures
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights through the objective."""
+        with self.averaged():
+            self.objective.export(folder)

@@ -1,0 +1,35 @@
+"""Fixtures for the whole suite: a small random model, in memory and as a folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by the hub library when it is imported; no test may reach the network
+
+
+@pytest.fixture(scope="session")
+def tiny_parts():  # type: ignore[no-untyped-def]
+    """The tiny model. Tests that change it work on `copy.deepcopy(tiny_parts)`."""
+    from tiny_model import make_tiny_parts
+
+    return make_tiny_parts()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_parts, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """The tiny model saved in the published layout, with its bf16 and fp16 variants beside the plain files. Read only."""
+    import copy
+
+    import torch
+
+    from sana import SanaPipeline
+
+    folder: Path = tmp_path_factory.mktemp("tiny") / "model"
+    SanaPipeline(**tiny_parts.components).save_pretrained(folder)
+    for variant, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        cast = copy.deepcopy(tiny_parts)
+        for part in (cast.text_encoder, cast.vae, cast.transformer):
+            part.to(dtype)
+        SanaPipeline(**cast.components).save_pretrained(folder, variant=variant)
+    return folder
