@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by the hub library when it is imported; no test may reach the network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read by the hub library when it is imported; no test may reach the network
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +28,10 @@ def tiny_folder(tiny_parts, tmp_path_factory: pytest.TempPathFactory) -> Path:  
     from sana import SanaPipeline
 
     folder: Path = tmp_path_factory.mktemp("tiny") / "model"
-    SanaPipeline(**tiny_parts.components).save_pretrained(folder)
     for variant, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         cast = copy.deepcopy(tiny_parts)
         for part in (cast.text_encoder, cast.vae, cast.transformer):
             part.to(dtype)
         SanaPipeline(**cast.components).save_pretrained(folder, variant=variant)
+    SanaPipeline(**tiny_parts.components).save_pretrained(folder)  # last: config.json then names the plain files' dtype
     return folder

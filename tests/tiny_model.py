@@ -1,4 +1,4 @@
-"""A complete random SANA model of our own classes: two layers, 32 times compression, a Gemma-2 and its tokenizer. Built in a blink."""
+"""A complete random SANA model of our own classes: two layers, 32 times compression, a Gemma-2 and its tokenizer."""
 
 import json
 from typing import Any
@@ -82,7 +82,7 @@ def tiny_tokenizer() -> Any:
     )
     backend.train_from_iterator([*COMPLEX_HUMAN_INSTRUCTION, "User Prompt: a red fox in the snow"] * 20, trainer)
     model = json.loads(backend.to_str())["model"]
-    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    return GemmaTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], add_bos_token=True)
 
 
 def tiny_text_encoder(vocab_size: int) -> Any:

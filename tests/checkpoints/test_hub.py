@@ -3,12 +3,11 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import Fault, Hub, fake_hub
+from fake_hub import Fault, Hub
 from huggingface_hub import constants
 
 from sana.cards import CARDS
@@ -56,16 +55,9 @@ BF16 = {
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    # No request may go anywhere but to the fake: neither telemetry nor another transport.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with fake_hub() as served:
-        served.push(REPO, PIPELINE)
-        yield served
+@pytest.fixture(autouse=True)
+def tiny_repository(hub: Hub) -> None:
+    hub.push(REPO, PIPELINE)
 
 
 @pytest.fixture

@@ -20,7 +20,15 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-TORCH_FREE = {"__init__.py", "errors.py", "config.py", "cards.py", "engine/__init__.py", "engine/request.py", "engine/metadata.py"}
+TORCH_FREE = {
+    "__init__.py",
+    "errors.py",
+    "config.py",
+    "cards.py",
+    "engine/__init__.py",
+    "engine/request.py",
+    "engine/metadata.py",
+}
 HEAVY = {"torch", "transformers", "diffusers", "huggingface_hub"}
 COMMAND_LINE = {"argparse", "tyro", "click", "optparse", "getopt"}
 
@@ -104,7 +112,9 @@ def test_nothing_below_the_applications_prints_or_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if name_of(p) in TORCH_FREE or package_of(p) == "apps"], ids=name_of)
 def test_light_modules_import_nothing_heavy_at_the_top(path: Path) -> None:
-    top = ast.Module([n for n in run_time_tree(path).body if isinstance(n, ast.Import | ast.ImportFrom)], type_ignores=[])
+    top = ast.Module(
+        [n for n in run_time_tree(path).body if isinstance(n, ast.Import | ast.ImportFrom)], type_ignores=[]
+    )
     assert [module for module, _ in imports(top) if module.split(".")[0] in HEAVY] == []
 
 
@@ -133,7 +143,8 @@ def test_the_rule_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: 
 
 
 @pytest.mark.parametrize(
-    "code", ["print(1)", "import os\nos.environ['A']", "import os\nos.getenv('A')", "import argparse", "import sys\nsys.argv"]
+    "code",
+    ["print(1)", "import os\nos.environ['A']", "import os\nos.getenv('A')", "import argparse", "import sys\nsys.argv"],
 )
 def test_the_conduct_rule_itself(tmp_path: Path, code: str) -> None:
     path = tmp_path / "x.py"

@@ -24,7 +24,10 @@ def decoded(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("output_type", ["pt", "np", "pil"])
 def test_pictures_equal_the_references(dtype: torch.dtype, output_type: str) -> None:
-    ours, oracle = to_pictures(decoded(dtype), output_type), PROCESSOR.postprocess(decoded(dtype), output_type=output_type)
+    ours, oracle = (
+        to_pictures(decoded(dtype), output_type),
+        PROCESSOR.postprocess(decoded(dtype), output_type=output_type),
+    )
     if output_type == "pt":
         assert ours.dtype == oracle.dtype == dtype
         assert torch.equal(ours, oracle)
@@ -98,7 +101,9 @@ def test_load_image_fetches_addresses(address: str, monkeypatch: pytest.MonkeyPa
         load_image(f"{address}/a.png")
 
 
-@pytest.mark.parametrize(("image", "words"), [("no-such.png", "no picture at"), (3, "must be a path"), ("ftp://x/a.png", "no picture")])
+@pytest.mark.parametrize(
+    ("image", "words"), [("no-such.png", "no picture at"), (3, "must be a path"), ("ftp://x/a.png", "no picture")]
+)
 def test_load_image_names_what_is_wrong(image: object, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         load_image(image)  # type: ignore[arg-type]

@@ -45,7 +45,9 @@ def test_unknown_sample_sizes_are_refused() -> None:
 
 
 @given(st.sampled_from(sorted(BINS)), st.data(), st.integers(32, 4096), st.integers(32, 4096))
-def test_a_fitted_picture_always_covers_the_target(sample_size: int, data: st.DataObject, height: int, width: int) -> None:
+def test_a_fitted_picture_always_covers_the_target(
+    sample_size: int, data: st.DataObject, height: int, width: int
+) -> None:
     old = data.draw(st.sampled_from(sorted(BINS[sample_size].values())))
     fitted = fitted_size(*old, height, width)
     assert fitted[0] >= height

@@ -168,7 +168,9 @@ def test_tuple_return() -> None:
     ids=["plain", "sprint with positions", "l2"],
 )
 def test_gradients_of_inputs_and_parameters(case: dict[str, Any]) -> None:
-    oracle, model, call = make({**case, "controls": 2})
+    # Heads of 32 as published: narrow random heads give normalisers near 0, whose gradients no float32 agrees on.
+    wide = {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64}
+    oracle, model, call = make({**wide, **case, "controls": 2})
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(2, 4, 8, 8, generator=generator)
     gradients = []
@@ -181,9 +183,11 @@ def test_gradients_of_inputs_and_parameters(case: dict[str, Any]) -> None:
         (out * weight).sum().backward()
         gradients.append({**leaves, **dict(network.named_parameters())})
     assert gradients[0].keys() == gradients[1].keys()
+    # Softmax ignores an offset of its scores: the bias of to_k has no gradient but rounding, hence the floor.
+    floor = 1e-2 * max(float(leaf.grad.norm()) for leaf in gradients[0].values())
     for name, expected in gradients[0].items():
-        assert expected.grad is not None
-        assert rms_rel(gradients[1][name].grad, expected.grad) < 1e-5, name
+        error = (gradients[1][name].grad - expected.grad).norm()
+        assert error < 1e-5 * max(float(expected.grad.norm()), floor), name
 
 
 @pytest.mark.parametrize(("dtype", "gate"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
@@ -201,10 +205,9 @@ def test_half_precision_is_no_worse_than_the_oracle(case: dict[str, Any], dtype:
 
 
 def test_fp16_clips_where_the_oracle_clips() -> None:
-    oracle, model, call = make({})
-    oracle.half(), model.half()
+    oracle, model, _ = make({})
     with torch.no_grad():
-        for network in (oracle, model):
+        for network in (oracle.half(), model.half()):
             network.transformer_blocks[1].attn1.to_out[0].bias.fill_(60000).mul_(1.05)
             network.transformer_blocks[1].attn1.to_out[0].weight.mul_(3e4)
         x = torch.randn(2, 64, 24).half()

@@ -1,4 +1,4 @@
-"""SanaPipeline against the reference pipeline: latents at every step, pictures, embeddings, errors. Oracle: diffusers 0.42.1."""
+"""SanaPipeline against the reference: latents at every step, pictures, embeddings. Oracle: diffusers 0.42.1."""
 
 import copy
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tiny_model import make_tiny_parts, tiny_transformer
 from torch import Tensor
 
 from sana import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from tiny_model import make_tiny_parts, tiny_transformer
 
 LATENT_GATE = 1e-5
 PSNR_GATE = 90.0
@@ -23,7 +23,7 @@ SIZE = {"height": 128, "width": 96, "use_resolution_binning": False}
 
 def module_of(cls: Any, ours: Any) -> Any:
     """Return the reference's module with our configuration and weights."""
-    model = cls(**{key: value for key, value in ours.config.to_dict().items()})
+    model = cls(**ours.config.to_dict())
     model.load_state_dict(ours.state_dict(), strict=True)
     return model.to(ours.dtype).eval()
 
@@ -155,7 +155,7 @@ def test_resolution_binning(size: tuple[int, int]) -> None:
 
 
 def test_given_latents_and_embeddings(pipe: Any, oracle: Any) -> None:
-    embeds, mask, negative, negative_mask = oracle.encode_prompt(PROMPTS[:2], negative_prompt="grey")
+    embeds, mask, negative, negative_mask = pipe.encode_prompt(PROMPTS[:2], negative_prompt="grey")
     call = {
         "prompt_embeds": embeds,
         "prompt_attention_mask": mask,
@@ -170,13 +170,13 @@ def test_given_latents_and_embeddings(pipe: Any, oracle: Any) -> None:
 
 
 def test_embeddings_without_negative_ones(pipe: Any, oracle: Any) -> None:
-    embeds, mask, *_ = oracle.encode_prompt(PROMPTS[:1], do_classifier_free_guidance=False)
+    embeds, mask, *_ = pipe.encode_prompt(PROMPTS[:1], do_classifier_free_guidance=False)
     call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "num_inference_steps": 2, **SIZE}
     assert_same(run(pipe, generator=seeded(), **call), run(oracle, generator=seeded(), **call))
 
 
 def test_a_row_without_any_token_reads_everything(pipe: Any, oracle: Any) -> None:
-    embeds, mask, *_ = oracle.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False)
+    embeds, mask, *_ = pipe.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False)
     mask[1] = 0
     call = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0, "num_inference_steps": 2}
     ours, theirs = (run(p, generator=seeded(), **call, **SIZE) for p in (pipe, oracle))
@@ -224,7 +224,7 @@ def test_custom_sigmas_of_flow_euler(pipe: Any) -> None:
 def test_other_transformers(pipe: Any, changes: dict[str, Any]) -> None:
     other = SanaPipeline(**{**pipe.components, "transformer": tiny_transformer(**changes)})
     other.set_progress_bar_config(disable=True)
-    call = {"prompt": PROMPTS[0], "num_inference_steps": 3, "height": 128, "width": 192, "use_resolution_binning": False}
+    call = {"prompt": PROMPTS[0], "num_inference_steps": 3, **SIZE, "width": 192}
     assert_same(run(other, generator=seeded(), **call), run(oracle_of(other), generator=seeded(), **call))
 
 
@@ -259,7 +259,8 @@ def test_half_precision_stays_within_the_references_own_noise(pipe: Any, oracle:
 
 def test_encode_prompt_has_the_documented_shapes_and_values(pipe: Any, oracle: Any) -> None:
     ours = pipe.encode_prompt(PROMPTS, negative_prompt="grey", complex_human_instruction=["Draw: "])
-    theirs = oracle.encode_prompt(PROMPTS, negative_prompt="grey", complex_human_instruction=["Draw: "])
+    with torch.no_grad():
+        theirs = oracle.encode_prompt(PROMPTS, negative_prompt="grey", complex_human_instruction=["Draw: "])
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
         assert mine.dtype == other.dtype
@@ -286,7 +287,7 @@ def test_the_callback_sees_the_documented_tensors(pipe: Any, oracle: Any) -> Non
 
     def keep(who: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         assert list(tensors) == names
-        seen.setdefault(who, []).append(tensors)
+        seen.setdefault(who, []).append(dict(tensors))
         return tensors
 
     for who in (pipe, oracle):
@@ -323,11 +324,9 @@ def test_replaced_latents_and_embeddings_take_effect_alike(pipe: Any, oracle: An
         ).images
         return latents
 
-    ours, theirs = final(pipe, change), final(oracle, change)
-    assert rms_rel(ours, theirs) < LATENT_GATE
-    assert rms_rel(ours, final(pipe, None) if False else pipe(
-        PROMPTS[:2], generator=seeded(), num_inference_steps=5, output_type="latent", **SIZE
-    ).images) > 0.01
+    ours = final(pipe, change)
+    assert rms_rel(ours, final(oracle, change)) < LATENT_GATE
+    assert rms_rel(ours, final(pipe, lambda *_: {})) > 0.01
 
 
 def test_default_arguments_are_the_documented_ones() -> None:

@@ -20,13 +20,13 @@ PROMPTS = [
     "RED fox, in the snow; a photo of a busy street at dusk with street lamps",
     "一只猫在窗台上睡觉",
     "🦊 in the ❄️",
-    "<bos>"[:0] + "-- a house",
+    "-- a house",
     "ÉCOLE été ß İstanbul",
 ]
 
 
 def tiny_tokenizer(style: str = "words", *, bos: bool = True, eos: bool = False) -> Any:
-    """Make a tokenizer: `words` merges a space into the next word, `phrases` merges across words, `letters` never merges."""
+    """Make a tokenizer. `words` merges a space into the next word, `phrases` merges across words, `letters` not at all."""
     from transformers import GemmaTokenizer
 
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))

@@ -58,10 +58,9 @@ def load_parts(
     for name, class_name in classes.items():
         _check_class(name, class_name, root)
     variants = part_variants(root, classes, variant)
+    # Absent files show before any is read, those of our own models first: callers know the wording of that message.
     for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
-        find_weights(
-            root / name, part_of(name), variants[name], use_safetensors
-        )  # absent files show before any is read
+        find_weights(root / name, part_of(name), variants[name], use_safetensors)
     dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors)
     parts: dict[str, Any] = {name: components.get(name) for name in known}
     for name, class_name in classes.items():
@@ -146,9 +145,7 @@ def save_parts(
     root = Path(folder)
     if root.is_file():
         raise InvalidInput(f"'{root}' is a file; give a folder to save the pipeline to.")
-    whole = {
-        name: getattr(part, "_orig_mod", part) for name, part in parts.items()
-    }  # of a compiled module the original
+    whole = {name: _savable(part) for name, part in parts.items()}
     entries = {name: _index_entry(name, part) for name, part in whole.items()}
     root.mkdir(parents=True, exist_ok=True)
     (root / MODEL_INDEX).unlink(missing_ok=True)
@@ -188,12 +185,11 @@ def _index_entry(name: str, part: Any) -> list[str | None]:
     """Return [library, class] of a part; our own classes carry the library name that readers of the layout know."""
     if part is None:
         return [None, None]
-    library = type(part).__module__.partition(".")[0].replace("sana", "diffusers")
+    package, class_name = type(part).__module__.partition(".")[0], type(part).__name__
+    library = "diffusers" if package == "sana" else package
     if library not in ("diffusers", "transformers") or not hasattr(part, "save_pretrained"):
-        raise InvalidInput(
-            f"Part '{name}' is a {type(part).__name__}, which cannot be saved; leave it out or pass None."
-        )
-    return [library, type(part).__name__]
+        raise InvalidInput(f"Part '{name}' is a {class_name}, which cannot be saved; leave it out or pass None.")
+    return [library, class_name]
 
 
 MODELS: dict[str, type[SanaTransformer2DModel] | type[AutoencoderDC]] = {

@@ -140,12 +140,12 @@ def _obtain(wanted: _Wanted, *, offline: bool, force: bool) -> Path:
     damaged = [file for file, size in sizes.items() if cached and _size(cached / file) not in (None, size)]
     if cached and not force and _is_complete(cached, wanted, sizes):
         return cached
-    will_do = (
-        cached if cached and not force and not damaged and not _lacks(cached, wanted, plain_will_do=True) else None
-    )
+    fallback = None
+    if cached and not (force or damaged or _lacks(cached, wanted, plain_will_do=True)):
+        fallback = cached
     if offline:
-        if will_do:
-            return will_do
+        if fallback:
+            return fallback
         lack = f"its file {damaged[0]} is cut short" if damaged else "not all of its files are in the cache"
         advice = "allow one download (no local_files_only, no HF_HUB_OFFLINE) or pass a folder"
         text = f"{wanted.title} cannot be loaded offline because {lack}: {advice}."
@@ -155,10 +155,10 @@ def _obtain(wanted: _Wanted, *, offline: bool, force: bool) -> Path:
     try:
         folder = _download(wanted, force=force)
     except ModelNotFound as error:
-        if will_do is None:
+        if fallback is None:
             raise
-        _log.warning("using commit %s of '%s' from the cache: %s", will_do.name, wanted.repo, error)
-        return will_do
+        _log.warning("using commit %s of '%s' from the cache: %s", fallback.name, wanted.repo, error)
+        return fallback
     if lacking := _lacks(folder, wanted, plain_will_do=True):
         raise ModelNotFound(f"{wanted.title} has no {lacking[0]}: it is no model of this kind.")
     return folder

@@ -15,8 +15,8 @@ from torch import Tensor
 from sana.engine.images import check_finite
 from sana.errors import OutOfMemory
 
-TILE = 512
-"""Side of the decoder's tiles in pixels when memory runs out."""
+TILE, STRIDE = 512, 448
+"""Side of the decoder's tiles and the distance between them, in pixels, when memory runs out."""
 
 
 class DecodeOutOfMemory(OutOfMemory):
@@ -100,12 +100,10 @@ def _tiled(vae: Any, scaled: Tensor, say: Callable[[str], None]) -> Tensor:
 @contextmanager
 def _tiling(vae: Any) -> Generator[None, None, None]:
     """Switch tiling on with standard tiles, and back to the user's settings afterwards."""
-    names = [name for name in vars(vae) if name == "use_tiling" or name.startswith("tile_")]
-    before = {name: getattr(vae, name) for name in names}
-    vae.enable_tiling(tile_sample_min_height=TILE, tile_sample_min_width=TILE)
+    before = {name: value for name, value in vars(vae).items() if name == "use_tiling" or name.startswith("tile_")}
+    vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
     try:
         yield
     finally:
-        vae.disable_tiling()
         for name, value in before.items():
             setattr(vae, name, value)

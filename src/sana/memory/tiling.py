@@ -1,10 +1,9 @@
 """Encode and decode large pictures in overlapping tiles, or a batch one picture at a time, to bound memory.
 
 A tile sees only itself, and DC-AE attends globally: a tiled result is close to, but not the same as, the whole one.
-Shapes: B batch, C channels, L latent channels, H W picture size, h w latent size (h = H / ratio, rounded up).
+Shapes: B batch, C channels, L latent channels, H W picture size, h w latent size (h = H / ratio, rounded down).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,7 +81,8 @@ def decode(autoencoder: Autoencoder, z: Tensor, tiling: Tiling | None = None, sl
 def tiled_encode(autoencoder: Autoencoder, x: Tensor, tiling: Tiling) -> Tensor:
     """Return the latent of pictures of any size, [B, 3, H, W] -> [B, L, h, w], tile by tile.
 
-    Sides that are no multiple of the ratio are filled with zeros below and to the right.
+    Of a side that is no multiple of the ratio only the whole latent positions are returned; the rest, filled up with
+    zeros, is seen by the tiles at the border, as in the published models.
     """
     ratio = autoencoder.spatial_compression_ratio
     sizes = tiling.in_latents(ratio)
@@ -92,8 +92,7 @@ def tiled_encode(autoencoder: Autoencoder, x: Tensor, tiling: Tiling) -> Tensor:
         tile = x[:, :, rows, columns]
         return autoencoder._encode(F.pad(tile, (0, -tile.shape[-1] % ratio, 0, -tile.shape[-2] % ratio)))
 
-    height, width = (math.ceil(side / ratio) for side in x.shape[-2:])
-    return _assemble(encode_tile, height, width, sizes, scale=1)
+    return _assemble(encode_tile, x.shape[-2] // ratio, x.shape[-1] // ratio, sizes, scale=1)
 
 
 def tiled_decode(autoencoder: Autoencoder, z: Tensor, tiling: Tiling) -> Tensor:
@@ -114,6 +113,8 @@ def _assemble(
 
     `sizes` are tile and stride in latent positions; a latent position is `scale` positions of the result.
     """
+    if not height or not width:
+        raise InvalidInput("The picture is narrower than one latent position; use a larger picture.")
     tile_height, tile_width, stride_height, stride_width = sizes
     strips: list[Tensor] = []
     above: list[Tensor] = []
@@ -128,7 +129,7 @@ def _assemble(
             row.append(tile)
         strips.append(torch.cat([t[..., : stride_height * scale, : stride_width * scale] for t in row], dim=-1))
         above = row
-    return torch.cat(strips, dim=-2)
+    return torch.cat(strips, dim=-2)[..., : height * scale, : width * scale]
 
 
 def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

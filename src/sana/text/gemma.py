@@ -129,8 +129,9 @@ class PromptEncoder:
 
     The instruction's keys and values are computed once and kept on the model's device. Whole results are kept too, on
     the CPU and in small number, so the default negative prompt and a repeated prompt cost nothing. Both are dropped as
-    soon as the model's weights are moved, cast, changed or replaced. The result of a call depends on its arguments
-    only, not on earlier calls. Not meant for several threads at once.
+    soon as the model's weights are moved, cast, replaced or changed in place; only a change through `.data` leaves no
+    trace, call `clear` after one. The result of a call depends on its arguments only, not on earlier calls. Not meant
+    for several threads at once.
 
     At most `max_batch` prompts go through the model together. With 1 the embedding of a prompt has the same bits in
     every company; otherwise a different padding may change the last bits.
@@ -280,14 +281,14 @@ def _shared_prefix(batch: list[tuple[int, ...]], head_ids: tuple[int, ...], wind
 
 def _right_padded(batch: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids and mask [B, S], both int64; at least one position, whose id does not matter when masked."""
-    longest = max(1, *map(len, batch)) if len(batch) > 1 else max(1, len(batch[0]))
+    longest = max(1, *map(len, batch))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
     return ids.to(device), mask.to(device)
 
 
 def _collate(rows: list[Tensor], tokens: list[Tokens]) -> TextCondition:
-    longest = max(1, *(len(row) for row in rows)) if len(rows) > 1 else max(1, len(rows[0]))
+    longest = max(1, *map(len, rows))
     embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
     mask = torch.zeros(len(rows), longest, dtype=torch.int64)
     for i, row in enumerate(rows):

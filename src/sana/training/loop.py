@@ -1,7 +1,8 @@
 """The one training loop: any objective, exact resume, averaged weights, a log that can be plotted.
 
 Every batch, noise draw and dropout is a function of (seed, step) alone, so a run that was killed and resumed goes
-through the same numbers as one that was not.
+through the same numbers as one that was not. Where a process group exists (`torchrun`), its processes take turns at the
+micro-batches and average their gradients; the first of them writes the files.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
@@ -55,6 +57,8 @@ class Trainer:
         self.average = Average(objective.module, run.ema)
         self.step = 0
         self.refused = 0
+        grouped = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
         folder.mkdir(parents=True, exist_ok=True)
         self._take_up()
 
@@ -85,6 +89,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a state now."""
+        if self.rank != 0:
+            return
         parts = {
             "module": self.objective.module.state_dict(),
             "ema": self.average.values,
@@ -98,11 +104,12 @@ class Trainer:
         total, parts = 0.0, {}
         for part in range(self.run.accumulate):
             with autocast(self.run, self.device):
-                loss, logged = self.objective.loss(self.step * self.run.accumulate + part)
+                loss, logged = self.objective.loss((self.step * self.run.accumulate + part) * self.world + self.rank)
             (loss / self.run.accumulate).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) / self.run.accumulate
             parts = {name: float(value) for name, value in logged.items()}
         trainable = [p for p in self.objective.module.parameters() if p.grad is not None]
+        total = self._average(total, trainable)
         norm = float(torch.nn.utils.clip_grad_norm_(trainable, self.settings.clip))
         parts["gradient_norm"] = norm
         if math.isfinite(total) and math.isfinite(norm):
@@ -117,6 +124,18 @@ class Trainer:
                 raise NonFinite(f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. The run is saved.")
         return total, parts
 
+    def _average(self, loss: float, parameters: list[torch.nn.Parameter]) -> float:
+        """Average gradients over the processes, in place, and return the averaged loss."""
+        if self.world == 1:
+            return loss
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
+        distributed.all_reduce(flat)
+        flat /= self.world
+        for gradient, piece in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+        return float(flat[-1])
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the module for the length of a `with` block."""
@@ -130,7 +149,9 @@ class Trainer:
             if self.run.ema:
                 self.average.swap()
 
-    def _look(self) -> dict[str, float]:
+    def _look(self) -> dict[str, float] | None:
+        if self.rank != 0:
+            return None
         with self.averaged():
             figures = {name: float(value) for name, value in self.objective.evaluate().items()}
             picture = self.objective.preview()
@@ -166,6 +187,8 @@ class Trainer:
             raise
 
     def _log(self, report: TrainStep) -> None:
+        if self.rank != 0:
+            return
         line = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
         if report.figures is not None:
             line["held_out"] = report.figures
@@ -174,5 +197,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights through the objective."""
+        if self.rank != 0:
+            return
         with self.averaged():
             self.objective.export(folder)

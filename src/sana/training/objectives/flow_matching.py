@@ -8,6 +8,7 @@ colour under every latent cell (representation alignment, Yu et al. 2024, with t
 early which words belong where, and is thrown away.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping
@@ -19,11 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sana.checkpoints.folder import save_parts
+from sana.checkpoints.layout import MODEL_INDEX, read_json, write_json
 from sana.config import TransformerConfig
 from sana.data import cutouts
+from sana.engine.parts import CARD_KEY
 from sana.flow.density import sample_levels
 from sana.flow.samplers import flow_dpm
+from sana.flow.schedulers import DPMSolverMultistepScheduler
 from sana.flow.schedules import flow_dpm_grid
 from sana.models.linear_dit import LinearDiT
 from sana.text.gemma import PromptEncoder
@@ -60,6 +66,8 @@ class FlowMatchingSettings:
     logit_std: float = 1.0
     label_weight: float = 0.1
     label_block: int = 4
+    card: str = ""
+    """Name of the card that the exported pipeline shall carry."""
     caption_gain: float = 0.1
     """First weight of the caption norm."""
 
@@ -87,6 +95,8 @@ class FlowMatchingObjective:
         for _ in self.store.compute():
             pass
         self.features: Features = self.store.read()
+        # One width for all batches: compiled code is made once, and the attention to a few words is cheap.
+        self._width = math.ceil(int(self.features.lengths.max()) / 8) * 8
         self._null = self.store.null().to(device)
         torch.manual_seed(run.seed)
         config = TransformerConfig.from_dict(settings.model)
@@ -118,9 +128,7 @@ class FlowMatchingObjective:
         """Embeddings [B, T, E] and mask [B, T] of one caption of each scene; dropped ones see the null text."""
         starts, lengths = self.features.starts[scenes, which], self.features.lengths[scenes, which]
         lengths = torch.where(dropped, torch.ones_like(lengths), lengths)
-        # A few widths only, so that compiled code and allocations are reused.
-        width = math.ceil(int(lengths.max()) / 8) * 8
-        columns = torch.arange(width)[None]
+        columns = torch.arange(self._width)[None]
         mask = columns < lengths[:, None]
         rows = (starts[:, None] + columns).clamp_(max=len(self.features.text) - 1)
         embeds = self.features.text[rows].to(self.device, torch.float32)
@@ -134,9 +142,11 @@ class FlowMatchingObjective:
         """Mean square error of the velocity per sample [B]."""
         sigma = sigmas.view(-1, 1, 1, 1).to(self.device)
         x = (1 - sigma) * x0 + sigma * noise
-        predicted = self.module.transformer(
-            x, text[0], timesteps.to(self.device, torch.float32), encoder_attention_mask=text[1]
-        ).sample
+        # On CPUs the fused kernel's backward pass is the slowest part of the network; the plain formula is not.
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
+            predicted = self.module.transformer(
+                x, text[0], timesteps.to(self.device, torch.float32), encoder_attention_mask=text[1]
+            ).sample
         return (predicted.float() - (noise - x0)).square().mean((1, 2, 3))
 
     def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -211,9 +221,20 @@ class FlowMatchingObjective:
         return Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy())
 
     def export(self, folder: Path) -> None:
-        """Write the transformer in half precision."""
-        from sana.checkpoints.pretrained import SanaTransformer2DModel
+        """Write a whole pipeline in half precision: the transformer with the encoders it was trained under."""
+        from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
 
         finished = SanaTransformer2DModel.from_config(self.module.transformer.config)
         finished.load_state_dict(self.module.transformer.state_dict())
-        finished.to(torch.float16).save_pretrained(folder)
+        tokenizer, text_encoder = load_text(self.store.text)
+        parts = {
+            "scheduler": DPMSolverMultistepScheduler(flow_shift=self.settings.shift),
+            "text_encoder": text_encoder.half(),
+            "tokenizer": tokenizer,
+            "transformer": finished.half(),
+            "vae": AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float16),
+        }
+        save_parts(folder, parts)
+        if self.settings.card:
+            index = folder / MODEL_INDEX
+            write_json(index, {**read_json(index), CARD_KEY: self.settings.card})
