@@ -17,7 +17,9 @@ def test_instruction_is_the_published_one() -> None:
     assert len(COMPLEX_HUMAN_INSTRUCTION) == 8
     assert len(text) == 1057
     assert text.endswith("User Prompt: ")
-    assert hashlib.sha256(text.encode()).hexdigest() == "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "48290080bb4fd4a264bdc81d0647ac0221359a36506e2b3e954616d6cb48c3da"
+    )
 
 
 @pytest.mark.parametrize(

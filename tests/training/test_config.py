@@ -23,7 +23,9 @@ def test_every_recipe_of_the_repository_parses_into_its_objectives_settings(path
 def test_overrides_win_over_the_file_and_keep_their_type(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('objective = "autoencoder"\n[run]\nsteps = 5\nbatch_size = 2\n[autoencoder]\nlatent_noise = 0.3\n')
-    recipe = load_recipe(file, {"run.steps": "7", "optimizer.lr": "1e-4", "run.device": "cpu", "autoencoder.thing_weight": "1"})
+    recipe = load_recipe(
+        file, {"run.steps": "7", "optimizer.lr": "1e-4", "run.device": "cpu", "autoencoder.thing_weight": "1"}
+    )
     assert (recipe.run.steps, recipe.run.batch_size, recipe.run.device) == (7, 2, "cpu")
     assert recipe.optimizer.lr == pytest.approx(1e-4)
     settings = build(AutoencoderSettings, recipe.settings, "autoencoder")

@@ -1,4 +1,6 @@
-"""The trainer on a small regression: exact resume, averaging, refusal of non-finite steps, atomic states, two processes."""
+"""The trainer on a small regression: exact resume, averaging, refusal of non-finite steps, atomic states, two
+processes.
+"""
 
 import json
 import os
@@ -64,7 +66,9 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(tmp_path: Path, optimizer: str, accumulate: int) -> None:
+def test_a_resumed_run_is_bit_identical_to_one_that_never_stopped(
+    tmp_path: Path, optimizer: str, accumulate: int
+) -> None:
     whole = weights(run(tmp_path / "whole", optimizer, accumulate=accumulate))
     for stop in (3, 5, 9):  # before, at and after a saved state; the generator saves when it is closed
         run(tmp_path / "parts", optimizer, stop=stop, accumulate=accumulate)

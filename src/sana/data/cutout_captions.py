@@ -1,7 +1,8 @@
 """Exact captions of the drawn world, in English, Chinese, emoji, and all three mixed.
 
-A caption may leave things out (a colour, the relation, the background) but never says anything untrue. Next to the text it
-tells where each noun phrase ends and what has been said, so that a language model can be asked whether it understood.
+A caption may leave things out (a colour, the relation, the background) but never says anything untrue. Next to the
+text it tells where each noun phrase ends and what has been said, so that a language model can be asked whether it
+understood.
 """
 
 import random
@@ -24,11 +25,12 @@ EMOJI = {
     "flower": "🌼", "moon": "🌙", "mushroom": "🍄", "umbrella": "☂️",
 }  # fmt: skip
 COLOURS_ZH = {
-    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色", "pink": "粉色",
-    "brown": "棕色",
+    "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "blue": "蓝色", "purple": "紫色",
+    "pink": "粉色", "brown": "棕色",
 }  # fmt: skip
 COLOURS_EMOJI = {
-    "red": "🔴", "orange": "🟠", "yellow": "🟡", "green": "🟢", "blue": "🔵", "purple": "🟣", "pink": "🩷", "brown": "🟤",
+    "red": "🔴", "orange": "🟠", "yellow": "🟡", "green": "🟢", "blue": "🔵", "purple": "🟣",
+    "pink": "🩷", "brown": "🟤",
 }  # fmt: skip
 SIZES_ZH = {"small": "小", "large": "大"}
 NUMBERS_EN = {1: ("a", "a", "one"), 2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
@@ -45,7 +47,18 @@ RELATIONS_ZH: dict[Relation, tuple[str, ...]] = {
 RELATIONS_EMOJI: dict[Relation, str] = {"left": "⬅️", "right": "➡️", "above": "⬆️", "below": "⬇️"}
 PAPERS_EN = {"cream": "cream", "sky": "sky blue", "mint": "mint", "grey": "grey"}
 PAPERS_ZH = {"cream": "米色", "sky": "天蓝色", "mint": "薄荷色", "grey": "灰色"}
-OPENINGS_EN = ("", "", "", "", "a picture of ", "a photo of ", "an image of ", "a paper cut-out of ", "there is ", "draw ")
+OPENINGS_EN = (
+    "",
+    "",
+    "",
+    "",
+    "a picture of ",
+    "a photo of ",
+    "an image of ",
+    "a paper cut-out of ",
+    "there is ",
+    "draw ",
+)
 OPENINGS_ZH = ("", "", "", "一张图片，", "剪纸，", "画")
 
 
@@ -154,7 +167,12 @@ def _sentence(phrases: list[Phrase], relation: Relation | None, frame: Language,
         return [first, "在", second, "的" + rng.choice(RELATIONS_ZH[relation])]
     if rng.random() < 0.12:
         pronoun = "it" if " " in second.words else "them"
-        return [second, " with ", first, f" {RELATIONS_EN[relation][-2 if relation in ('left', 'right') else 0]} {pronoun}"]
+        return [
+            second,
+            " with ",
+            first,
+            f" {RELATIONS_EN[relation][-2 if relation in ('left', 'right') else 0]} {pronoun}",
+        ]
     return [first, f" {rng.choice(RELATIONS_EN[relation])} ", second]
 
 

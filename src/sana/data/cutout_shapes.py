@@ -58,12 +58,16 @@ def _sun() -> Shape:
 
 def _star() -> Shape:
     angles = [math.radians(-90 + 36 * i) for i in range(10)]
-    return [(True, [((0.98, 0.42)[i % 2] * math.cos(a), (0.98, 0.42)[i % 2] * math.sin(a)) for i, a in enumerate(angles)])]
+    return [
+        (True, [((0.98, 0.42)[i % 2] * math.cos(a), (0.98, 0.42)[i % 2] * math.sin(a)) for i, a in enumerate(angles)])
+    ]
 
 
 def _heart() -> Shape:
     angles = [2 * math.pi * i / 96 for i in range(96)]
-    heights = [0.78 * math.cos(a) - 0.3 * math.cos(2 * a) - 0.12 * math.cos(3 * a) - 0.06 * math.cos(4 * a) for a in angles]
+    heights = [
+        0.78 * math.cos(a) - 0.3 * math.cos(2 * a) - 0.12 * math.cos(3 * a) - 0.06 * math.cos(4 * a) for a in angles
+    ]
     return [(True, [(0.98 * math.sin(a) ** 3, -0.1 - h) for a, h in zip(angles, heights, strict=True)])]
 
 

@@ -1,13 +1,16 @@
 """The drawn world: paper cut-outs on plain paper, with everything about a scene known exactly.
 
-A scene holds one to four things. It is a pure function of a `random.Random`, its picture is a pure function of the scene,
-and the words for it are made in `cutout_captions`. Some combinations are held out (`is_held_out`): training never draws them.
+A scene holds one to four things. It is a pure function of a `random.Random`, its picture is a pure function of the
+scene, and the words for it are made in `cutout_captions`. Some combinations are held out (`is_held_out`): training
+never draws them.
 
-Coordinates are pixels of a 256 x 256 picture, x to the right and y downwards; a thing's radius is half its bounding square.
+Coordinates are pixels of a 256 x 256 picture, x to the right and y downwards; a thing's radius is half its bounding
+square.
 """
 
 import functools
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -78,7 +81,7 @@ class Scene:
     background: str
 
 
-# --- held-out combinations ---------------------------------------------------------------------------------------------
+# --- held-out combinations
 
 
 def _share(*words: str) -> float:
@@ -91,7 +94,7 @@ def is_held_out(groups: Sequence[Group], relation: Relation | None) -> bool:
     the (kind, relation, kind) triples and of the pairs of coloured kinds."""
     if any(_share("paint", g.colour, g.kind) < 0.08 for g in groups):
         return True
-    for first, second in zip(groups, groups[1:], strict=False):
+    for first, second in itertools.pairwise(groups):
         kinds = sorted((first.kind, second.kind))
         if kinds[0] != kinds[1] and _share("together", *kinds) < 0.05:
             return True
@@ -106,7 +109,7 @@ def is_held_out(groups: Sequence[Group], relation: Relation | None) -> bool:
     return False
 
 
-# --- drawing scenes ----------------------------------------------------------------------------------------------------
+# --- drawing scenes
 
 ROW_3 = ((46.0, 128.0), (128.0, 128.0), (210.0, 128.0))
 TRIANGLES = (((128.0, 74.0), (70.0, 182.0), (186.0, 182.0)), ((70.0, 74.0), (186.0, 74.0), (128.0, 182.0)))
@@ -174,7 +177,9 @@ def sample_scene(rng: random.Random, *, counts: tuple[int, ...] | None = None, h
 
 
 def arrange(groups: tuple[Group, ...], relation: Relation | None, rng: random.Random) -> Scene:
-    """Place the things of `groups` (with `relation` between the first and the second) on a background drawn from `rng`."""
+    """Place the things of `groups` (with `relation` between the first and the second) on a background drawn from
+    `rng`.
+    """
     places = _places(groups, relation, rng)
     slack = 8.0 if len(places) == 2 else 5.0
     things = []
@@ -187,7 +192,7 @@ def arrange(groups: tuple[Group, ...], relation: Relation | None, rng: random.Ra
     return Scene(groups=groups, things=tuple(things), relation=relation, background=rng.choice(list(BACKGROUNDS)))
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- pictures
 
 
 @functools.cache
@@ -196,7 +201,9 @@ def _shape(kind: str) -> Shape:
 
 
 def silhouette(thing: Thing, margin: int = 0) -> tuple[NDArray[np.float32], int, int]:
-    """Coverage in [0, 1] of a thing on a patch, and the patch's left and top pixel. Anti-aliased by box supersampling."""
+    """Coverage in [0, 1] of a thing on a patch, and the patch's left and top pixel. Anti-aliased by box
+    supersampling.
+    """
     reach = math.ceil(thing.radius * 1.25) + margin
     left, top = math.floor(thing.x) - reach, math.floor(thing.y) - reach
     side = 2 * reach + 1
@@ -210,7 +217,9 @@ def silhouette(thing: Thing, margin: int = 0) -> tuple[NDArray[np.float32], int,
     return np.asarray(patch.reduce(SUPERSAMPLE), dtype=np.float32) / 255.0, left, top
 
 
-def _blend(canvas: NDArray[np.float32], cover: NDArray[np.float32], left: int, top: int, paint: NDArray[np.float32]) -> None:
+def _blend(
+    canvas: NDArray[np.float32], cover: NDArray[np.float32], left: int, top: int, paint: NDArray[np.float32]
+) -> None:
     """Lay `paint` over the canvas where the patch covers it; what falls outside the canvas is cut off."""
     x0, y0 = max(left, 0), max(top, 0)
     x1, y1 = min(left + cover.shape[1], SIZE), min(top + cover.shape[0], SIZE)

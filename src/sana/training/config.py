@@ -1,7 +1,8 @@
-"""Recipes: a TOML file says what is trained, on what, for how long; every key can be overridden on the command line.
+"""Recipes: a TOML file says what is trained, on what, for how long; every key can be overridden on the command
+line.
 
-A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]` and one named after its objective,
-whose keys are the fields of that objective's own settings.
+A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]` and one named after its
+objective, whose keys are the fields of that objective's own settings.
 """
 
 import dataclasses
@@ -89,7 +90,9 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
-            raise InvalidInput(f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}.")
+            raise InvalidInput(
+                f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}."
+            )
         default = fields[key].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -1,9 +1,10 @@
 """Precomputed features of drawn scenes: latents and encoded captions, in shards that appear by one rename.
 
-Scene number i is a function of (seed, i), so a shard holds no pictures and no scenes. Several processes may compute at the
-same time: each shard is computed by whoever finds it missing, and has the same bytes whoever did.
+Scene number i is a function of (seed, i), so a shard holds no pictures and no scenes. Several processes may compute
+at the same time: each shard is computed by whoever finds it missing, and has the same bytes whoever did.
 
-Shapes: n scenes in a shard, K captions of each, C latent channels, h w latent size, R text rows of the whole shard, E text width.
+Shapes: n scenes in a shard, K captions of each, C latent channels, h w latent size, R text rows of the whole shard,
+E text width.
 """
 
 import functools
@@ -39,7 +40,9 @@ def scene_of(seed: int, index: int) -> cutouts.Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """All shards side by side; text rows of caption k of scene i are `text[starts[i, k] : starts[i, k] + lengths[i, k]]`."""
+    """All shards side by side; text rows of caption k of scene i are `text[starts[i, k] : starts[i, k] + lengths[i,
+    k]]`.
+    """
 
     latents: Tensor
     """[n, C, h, w] half precision, already times the scaling factor."""
@@ -79,7 +82,9 @@ class FeatureStore:
         """Name the store after the encoders, so that features of other weights are never read."""
         for part in (autoencoder / "config.json", text / "text_encoder" / "config.json"):
             if not part.is_file():
-                raise CheckpointError(f"'{part}' is missing; train the stage before this one, or name its export in the recipe.")
+                raise CheckpointError(
+                    f"'{part}' is missing; train the stage before this one, or name its export in the recipe."
+                )
         self.autoencoder, self.text = autoencoder, text
         self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
         self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.')}-{seed}"
@@ -106,7 +111,7 @@ class FeatureStore:
 
     @functools.cached_property
     def _autoencoder(self) -> AutoencoderDC:
-        return AutoencoderDC.from_pretrained(self.autoencoder, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+        return AutoencoderDC.from_pretrained(self.autoencoder, torch_dtype=torch.float32)
 
     @functools.cached_property
     def _encoder(self) -> PromptEncoder:
@@ -119,7 +124,7 @@ class FeatureStore:
             scenes = [scene_of(self.seed, index) for index in range(start, start + ENCODE_BATCH)]
             pictures = to_tensor(np.stack([cutouts.render(scene) for scene in scenes]))
             with torch.autocast("cpu", torch.bfloat16):
-                latent = self._autoencoder.encode(pictures).latent
+                latent = self._autoencoder.encode(pictures)[0]
             latents.append((latent.float() * self._autoencoder.config.scaling_factor).half())
             labels += [torch.from_numpy(cell_labels(scene)).to(torch.int8) for scene in scenes]
         return {"latents": torch.cat(latents).contiguous(), "labels": torch.stack(labels)}
@@ -148,7 +153,9 @@ class FeatureStore:
         names = [f"{shard:05d}.safetensors" for shard in range(self.shards)]
         absent = [n for f in (self.latents_folder, self.text_folder) for n in names if not (f / n).exists()]
         if absent:
-            raise CheckpointError(f"{len(absent)} feature shards are missing, the first is {absent[0]}; compute them first.")
+            raise CheckpointError(
+                f"{len(absent)} feature shards are missing, the first is {absent[0]}; compute them first."
+            )
         images = [load_file(self.latents_folder / name) for name in names]
         texts = [load_file(self.text_folder / name) for name in names]
         lengths = torch.cat([text["lengths"] for text in texts])

@@ -47,7 +47,9 @@ def autocast(run: RunSettings, device: torch.device) -> contextlib.AbstractConte
 
 
 class Trainer:
-    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, previews and, at the end, the export."""
+    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, previews and, at the end, the
+    export.
+    """
 
     def __init__(self, objective: Objective, run: RunSettings, optimizer: OptimizerSettings, folder: Path) -> None:
         """Build optimiser and average, and take up the newest state in `folder` if there is one."""
@@ -78,8 +80,8 @@ class Trainer:
         for key in ("objective", "seed", "batch_size", "optimizer"):
             if state.facts[key] != self._facts()[key]:
                 raise InvalidInput(
-                    f"The run in '{self.folder}' was started with {key} {state.facts[key]!r}, not {self._facts()[key]!r}; "
-                    "use another folder, or the same setting."
+                    f"The run in '{self.folder}' was started with {key} {state.facts[key]!r}, not "
+                    f"{self._facts()[key]!r}; use another folder, or the same setting."
                 )
         self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
         self.optimizers.load(dict(state.parts["optimizer"]))
@@ -121,7 +123,10 @@ class Trainer:
                 p.grad = None
             if self.refused > self.run.max_non_finite:
                 self.save()
-                raise NonFinite(f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. The run is saved.")
+                raise NonFinite(
+                    f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. "
+                    "The run is saved."
+                )
         return total, parts
 
     def _average(self, loss: float, parameters: list[torch.nn.Parameter]) -> float:
@@ -132,7 +137,7 @@ class Trainer:
         flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
         distributed.all_reduce(flat)
         flat /= self.world
-        for gradient, piece in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        for gradient, piece in zip(gradients, torch.split(flat[:-1], [g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
         return float(flat[-1])
 
@@ -161,7 +166,9 @@ class Trainer:
         return figures
 
     def steps(self) -> Iterator[TrainStep]:
-        """Train to the end, yielding one report a step; closing the generator, or Ctrl-C in the consumer, saves first."""
+        """Train to the end, yielding one report a step; closing the generator, or Ctrl-C in the consumer, saves
+        first.
+        """
         try:
             while self.step < self.run.steps:
                 began = time.perf_counter()
@@ -189,7 +196,7 @@ class Trainer:
     def _log(self, report: TrainStep) -> None:
         if self.rank != 0:
             return
-        line = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
+        line: dict[str, Any] = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
         if report.figures is not None:
             line["held_out"] = report.figures
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

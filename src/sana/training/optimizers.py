@@ -12,9 +12,9 @@ from sana.training.config import OptimizerSettings
 class Optimizers:
     """One or two torch optimisers stepped together, over named parameters.
 
-    Muon orthogonalises the momentum of a matrix. A convolution's weight is the matrix [out, in * k * k]: torch's class takes
-    matrices only, so it is given a view that shares the weight's storage. Depthwise kernels, vectors, tables and the first
-    and last layers (`is_matrix` False) are AdamW's.
+    Muon orthogonalises the momentum of a matrix. A convolution's weight is the matrix [out, in * k * k]: torch's
+    class takes matrices only, so it is given a view that shares the weight's storage. Depthwise kernels, vectors,
+    tables and the first and last layers (`is_matrix` False) are AdamW's.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
@@ -28,7 +28,9 @@ class Optimizers:
         self._matrices = [(p, nn.Parameter(p.detach().view(p.shape[0], -1))) for p in matrices]
         self._all: list[torch.optim.Optimizer] = []
         if others:
-            self._all.append(torch.optim.AdamW(others, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True))
+            self._all.append(
+                torch.optim.AdamW(others, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True)
+            )
         if self._matrices:
             views = [view for _, view in self._matrices]
             self._all.append(
@@ -86,7 +88,9 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def rate(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """The share of the base learning rate at `step`: linear warm-up, constant, then linear to a hundredth at the end."""
+    """The share of the base learning rate at `step`: linear warm-up, constant, then linear to a hundredth at the
+    end.
+    """
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     tail = max(1, math.ceil(steps * settings.decay_share))
     left = (steps - step) / tail

@@ -1,4 +1,6 @@
-"""Training state on disk: safetensors and JSON in a folder that appears by one rename, so that it is whole or absent."""
+"""Training state on disk: safetensors and JSON in a folder that appears by one rename, so that it is whole or
+absent.
+"""
 
 import json
 import os
@@ -69,7 +71,9 @@ def load_state(folder: Path) -> State | None:
         facts = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         parts = {file.stem: load_file(file) for file in sorted(newest.glob("*.safetensors"))}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise CheckpointError(f"The training state '{newest}' cannot be read ({error}); remove it to go on from an older one.") from error
+        raise CheckpointError(
+            f"The training state '{newest}' cannot be read ({error}); remove it to go on from an older one."
+        ) from error
     return State(step=int(facts.pop("step")), parts=parts, facts=facts)
 
 

@@ -1,7 +1,7 @@
 """The built-in model's tokenizer: byte-pair encoding with byte fallback, arranged as Gemma's is.
 
-Spaces become U+2581, nothing else is normalised, `<bos>` is put in front, and what no merge knows falls back to bytes, so
-any text in any language has tokens.
+Spaces become U+2581, nothing else is normalised, `<bos>` is put in front, and what no merge knows falls back to
+bytes, so any text in any language has tokens.
 """
 
 import json
@@ -17,10 +17,11 @@ from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
 EVERYDAY_WORDS = (
-    "the a an of and with in on at to is are small big large little tiny red orange yellow green blue purple pink brown black "
-    "white grey cat dog fox bird man woman girl boy car road city street house home river sea sky night day snow rain sun moon "
-    "photo painting drawing picture portrait style light dark old new beautiful colorful sitting standing running flying "
-    "holding next front behind under over near beside between many some two three four five"
+    "the a an of and with in on at to is are small big large little tiny red orange yellow green blue purple pink "
+    "brown black white grey cat dog fox bird man woman girl boy car road city street house home river sea sky "
+    "night day snow rain sun moon photo painting drawing picture portrait style light dark old new beautiful "
+    "colorful sitting standing running flying holding next front behind under over near beside between many some "
+    "two three four five"
 )
 
 
@@ -45,9 +46,7 @@ def train_tokenizer(vocabulary_size: int, seed: int, num_captions: int = 20_000)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 

@@ -2,11 +2,12 @@
 
 Shapes: B batch, H W picture size, h w latent size (H / 32), C latent channels.
 
-The loss is L1 plus squared error, weighted towards the things (they cover a tenth of the pixels), on reconstructions from
-noisy latents: a decoder that forgives small errors of the latent forgives the diffusion model too. Three terms shape the
-latent itself: each channel is pulled to mean 0 and standard deviation 1 (a free latent drifts to a scale of tens), and a
-linear read-out of every latent cell must name the kind and colour of the thing that covers it (representation alignment as
-in Yu et al. 2024, REPA, and Yao et al. 2025, VA-VAE, with the world's own labels in place of a vision model's features).
+The loss is L1 plus squared error, weighted towards the things (they cover a tenth of the pixels), on
+reconstructions from noisy latents: a decoder that forgives small errors of the latent forgives the diffusion model
+too. Three terms shape the latent itself: each channel is pulled to mean 0 and standard deviation 1 (a free latent
+drifts to a scale of tens), and a linear read-out of every latent cell must name the kind and colour of the thing
+that covers it (representation alignment as in Yu et al. 2024, REPA, and Yao et al. 2025, VA-VAE, with the world's
+own labels in place of a vision model's features).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from sana.config import AutoencoderConfig
 from sana.data import cutouts
+from sana.data.cutout_shapes import KINDS
 from sana.models.dc_ae import DCAutoencoder
 from sana.training.config import RunSettings
 
@@ -55,7 +57,7 @@ class _Trained(nn.Module):
     def __init__(self, autoencoder: DCAutoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self.label_head = nn.Conv2d(autoencoder.config.latent_channels, len(cutouts.KINDS) + len(cutouts.COLOURS) + 2, 1)
+        self.label_head = nn.Conv2d(autoencoder.config.latent_channels, len(KINDS) + len(cutouts.COLOURS) + 2, 1)
 
 
 def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
@@ -64,13 +66,15 @@ def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 def cell_labels(scene: cutouts.Scene) -> NDArray[np.int64]:
-    """Per latent cell the kind and the colour, [2, h, w]; 0 is paper, a thing covers the cells whose centre it reaches."""
+    """Per latent cell the kind and the colour, [2, h, w]; 0 is paper, a thing covers the cells whose centre it
+    reaches.
+    """
     side = cutouts.SIZE // CELL
     labels = np.zeros((2, side, side), np.int64)
     centres = (np.arange(side) + 0.5) * CELL
     for thing in scene.things:
         near = np.hypot(centres[None] - thing.x, centres[:, None] - thing.y) < thing.radius
-        labels[0][near] = 1 + list(cutouts.KINDS).index(thing.kind)
+        labels[0][near] = 1 + list(KINDS).index(thing.kind)
         labels[1][near] = 1 + list(cutouts.COLOURS).index(thing.colour)
     return labels
 
@@ -91,7 +95,11 @@ class AutoencoderObjective:
         """Build or load the autoencoder."""
         torch.manual_seed(run.seed)
         self.settings, self.run, self.device = settings, run, device
-        model = load_autoencoder(settings.start) if settings.start else DCAutoencoder(AutoencoderConfig.from_dict(settings.model))
+        model = (
+            load_autoencoder(settings.start)
+            if settings.start
+            else DCAutoencoder(AutoencoderConfig.from_dict(settings.model))
+        )
         self.module = _Trained(model).to(device)
         if settings.train == "decoder":
             self.module.autoencoder.encoder.requires_grad_(False)
@@ -106,9 +114,9 @@ class AutoencoderObjective:
         ]
 
     def _reconstruct(self, pictures: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        latents = self.module.autoencoder.encode(pictures).latent
+        latents = self.module.autoencoder.encode(pictures)[0]
         noisy = latents if noise is None else latents + noise
-        return self.module.autoencoder.decode(noisy).sample, latents
+        return self.module.autoencoder.decode(noisy)[0], latents
 
     def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw`; scenes and noise depend on (seed, draw) only."""
@@ -121,7 +129,9 @@ class AutoencoderObjective:
         channels = self.module.autoencoder.config.latent_channels
         noise = torch.randn(len(scenes), channels, side, side, generator=generator).to(self.device)
         # Half of the batch sees almost clean latents: the decoder must be sharp on those.
-        noise = noise * self.settings.latent_noise * torch.rand(len(scenes), 1, 1, 1, generator=generator).to(self.device)
+        noise = (
+            noise * self.settings.latent_noise * torch.rand(len(scenes), 1, 1, 1, generator=generator).to(self.device)
+        )
         restored, latents = self._forward(pictures, noise)
         things = (pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.02
         weight = 1 + self.settings.thing_weight * things
@@ -133,7 +143,7 @@ class AutoencoderObjective:
             per_channel = latents.float().transpose(0, 1).flatten(1)
             spread = (per_channel.mean(1).square() + (per_channel.std(1) - 1).square()).mean()
             scores = self.module.label_head(latents).float()
-            kinds, colours = scores.split([len(cutouts.KINDS) + 1, len(cutouts.COLOURS) + 1], dim=1)
+            kinds, colours = scores.split([len(KINDS) + 1, len(cutouts.COLOURS) + 1], dim=1)
             reading = F.cross_entropy(kinds, labels[:, 0]) + F.cross_entropy(colours, labels[:, 1])
             total = total + self.settings.latent_penalty * spread + self.settings.label_weight * reading
             logged |= {"spread": spread.detach(), "labels": reading.detach()}
@@ -141,19 +151,25 @@ class AutoencoderObjective:
 
     def _held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         pictures = to_tensor(np.stack([cutouts.render(scene) for scene in self._scenes[:count]])).to(self.device)
-        latents = self.module.autoencoder.encode(pictures).latent
-        return pictures, latents, self.module.autoencoder.decode(latents).sample.float()
+        latents = self.module.autoencoder.encode(pictures)[0]
+        return pictures, latents, self.module.autoencoder.decode(latents)[0].float()
 
     def evaluate(self) -> Mapping[str, float]:
-        """PSNR in dB over the held-out scenes, clean and at a latent error of 0.2, and the latent's root mean square."""
+        """PSNR in dB over the held-out scenes, clean and at a latent error of 0.2, and the latent's root mean
+        square.
+        """
         pictures, latents, restored = self._held_out(HELD_OUT_PICTURES)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        shaken = self.module.autoencoder.decode(latents + 0.2 * noise).sample.float()
+        shaken = self.module.autoencoder.decode(latents + 0.2 * noise)[0].float()
 
         def psnr(picture: Tensor) -> float:
             return float(-10 * torch.log10((picture.clamp(-1, 1) - pictures).div(2).square().mean()))
 
-        return {"psnr": psnr(restored), "psnr_shaken": psnr(shaken), "latent_rms": float(latents.float().square().mean().sqrt())}
+        return {
+            "psnr": psnr(restored),
+            "psnr_shaken": psnr(shaken),
+            "latent_rms": float(latents.float().square().mean().sqrt()),
+        }
 
     def preview(self) -> Image.Image:
         """Eight held-out pictures above their reconstructions."""
@@ -167,7 +183,7 @@ class AutoencoderObjective:
         squares = torch.zeros((), dtype=torch.float64)
         for _ in range(16):
             pictures = np.stack([cutouts.render(cutouts.sample_scene(rng)) for _ in range(16)])
-            latents = self.module.autoencoder.encode(to_tensor(pictures).to(self.device)).latent
+            latents = self.module.autoencoder.encode(to_tensor(pictures).to(self.device))[0]
             squares += latents.double().square().mean().cpu() / 16
         from sana.checkpoints.pretrained import AutoencoderDC
 

@@ -2,10 +2,10 @@
 
 Shapes: B batch, C latent channels, h w latent size, T text length, E text width.
 
-Loss: the mean square of v(x_sigma, 1000 sigma, text) - (noise - x0), with x_sigma = (1 - sigma) x0 + sigma noise and sigma
-drawn by `flow.density` (arXiv 2410.10629, section 2; Lipman et al. 2023). A read-out of a middle block must name the kind and
-colour under every latent cell (representation alignment, Yu et al. 2024, with the drawn world's labels): it tells the network
-early which words belong where, and is thrown away.
+Loss: the mean square of v(x_sigma, 1000 sigma, text) - (noise - x0), with x_sigma = (1 - sigma) x0 + sigma noise
+and sigma drawn by `flow.density` (arXiv 2410.10629, section 2; Lipman et al. 2023). A read-out of a middle block
+must name the kind and colour under every latent cell (representation alignment, Yu et al. 2024, with the drawn
+world's labels): it tells the network early which words belong where, and is thrown away.
 """
 
 import contextlib
@@ -23,11 +23,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sana.checkpoints.folder import save_parts
-from sana.checkpoints.layout import MODEL_INDEX, read_json, write_json
+from sana.checkpoints.layout import MODEL_INDEX, read_json
+from sana.checkpoints.weights import write_json
 from sana.config import TransformerConfig
 from sana.data import cutouts
+from sana.data.cutout_shapes import KINDS
 from sana.engine.parts import CARD_KEY
 from sana.flow.density import sample_levels
+from sana.flow.guidance import combine
 from sana.flow.samplers import flow_dpm
 from sana.flow.schedulers import DPMSolverMultistepScheduler
 from sana.flow.schedules import flow_dpm_grid
@@ -41,7 +44,8 @@ HELD_OUT = 256
 HELD_OUT_SIGMAS = (0.5, 0.7, 0.85, 0.95)
 PREVIEW_PROMPTS = (
     "a red fish above a yellow boat", "three blue hearts", "一只紫色的猫在一棵绿色的树的左边", "🟠🌙 ⬆️ 🟤🏠",
-    "a pink flower and a blue star", "four green mushrooms", "a photo of a yellow sun", "a brown cat, a red umbrella and a blue house",
+    "a pink flower and a blue star", "four green mushrooms", "a photo of a yellow sun",
+    "a brown cat, a red umbrella and a blue house",
 )  # fmt: skip
 
 
@@ -78,7 +82,7 @@ class _Trained(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.transformer = LinearDiT(config)
-        self.label_head = nn.Linear(config.inner_dim, len(cutouts.KINDS) + len(cutouts.COLOURS) + 2)
+        self.label_head = nn.Linear(config.inner_dim, len(KINDS) + len(cutouts.COLOURS) + 2)
 
 
 class FlowMatchingObjective:
@@ -90,7 +94,12 @@ class FlowMatchingObjective:
         """Compute the missing features, read them all, and build the transformer."""
         self.settings, self.run, self.device = settings, run, device
         self.store = FeatureStore(
-            Path(settings.features), Path(settings.autoencoder), Path(settings.text), settings.scenes, settings.captions, run.seed
+            Path(settings.features),
+            Path(settings.autoencoder),
+            Path(settings.text),
+            settings.scenes,
+            settings.captions,
+            run.seed,
         )
         for _ in self.store.compute():
             pass
@@ -144,9 +153,9 @@ class FlowMatchingObjective:
         x = (1 - sigma) * x0 + sigma * noise
         # On CPUs the fused kernel's backward pass is the slowest part of the network; the plain formula is not.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext():
-            predicted = self.module.transformer(
+            predicted: Tensor = self.module.transformer(
                 x, text[0], timesteps.to(self.device, torch.float32), encoder_attention_mask=text[1]
-            ).sample
+            )[0]
         return (predicted.float() - (noise - x0)).square().mean((1, 2, 3))
 
     def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -166,7 +175,7 @@ class FlowMatchingObjective:
         assert self._middle is not None
         scores = self.module.label_head(self._middle).float()
         labels = self.features.labels[scenes].to(self.device, torch.long).flatten(2)
-        kinds, colours = scores.split([len(cutouts.KINDS) + 1, len(cutouts.COLOURS) + 1], dim=2)
+        kinds, colours = scores.split([len(KINDS) + 1, len(cutouts.COLOURS) + 1], dim=2)
         reading = F.cross_entropy(kinds.flatten(0, 1), labels[:, 0].flatten()) + F.cross_entropy(
             colours.flatten(0, 1), labels[:, 1].flatten()
         )
@@ -174,7 +183,8 @@ class FlowMatchingObjective:
         return total, {"velocity": velocity.detach(), "labels": reading.detach()}
 
     def evaluate(self) -> Mapping[str, float]:
-        """Velocity loss at fixed levels on scenes kept apart, with the right captions and with captions of other scenes.
+        """Velocity loss at fixed levels on scenes kept apart, with the right captions and with captions of other
+        scenes.
 
         The gap between the two is the cheapest sign that the text is read.
         """
@@ -209,11 +219,12 @@ class FlowMatchingObjective:
 
         def velocity(x: Tensor, i: int) -> Tensor:
             times = grid.timesteps[i].to(self.device, torch.float32).expand(2 * count)
-            both = self.module.transformer(torch.cat([x, x]), texts, times, encoder_attention_mask=masks).sample.float()
-            unconditional, conditional = both.chunk(2)
-            return unconditional + 3.0 * (conditional - unconditional)
+            both: Tensor = self.module.transformer(torch.cat([x, x]), texts, times, encoder_attention_mask=masks)[0]
+            return combine(*both.float().chunk(2), 3.0)
 
-        x = torch.randn((count, *self.features.latents.shape[1:]), generator=torch.Generator().manual_seed(0)).to(self.device)
+        x = torch.randn((count, *self.features.latents.shape[1:]), generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
         for step in flow_dpm(velocity, x, grid):
             x = step.latents
         pictures = autoencoder.decode(x / autoencoder.config.scaling_factor).sample

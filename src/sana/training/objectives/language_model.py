@@ -2,11 +2,12 @@
 
 Shapes: B batch, T text length, E width, V vocabulary, S slots of a scene.
 
-A language model that only predicts the next word of a caption has no reason to keep, at the last token, who was red and who
-stood above whom; the image model needs just that. So linear read-outs ask for it: at the end of every noun phrase its kind,
-colour, number and size, and at the last token the whole scene, in the order of places (left to right, top to bottom) when the
-caption tells them. The read-outs are thrown away. The instruction is encoded once per step and its keys and values, with
-their gradients, are shared by all captions; a part of the steps goes without it, as negative prompts do.
+A language model that only predicts the next word of a caption has no reason to keep, at the last token, who was red
+and who stood above whom; the image model needs just that. So linear read-outs ask for it: at the end of every noun
+phrase its kind, colour, number and size, and at the last token the whole scene, in the order of places (left to
+right, top to bottom) when the caption tells them. The read-outs are thrown away. The instruction is encoded once
+per step and its keys and values, with their gradients, are shared by all captions; a part of the steps goes without
+it, as negative prompts do.
 """
 
 import math
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from sana.data import cutouts
 from sana.data.cutout_captions import Caption, caption
+from sana.data.cutout_shapes import KINDS
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
 from sana.training.config import RunSettings
 from sana.training.tokenizer import save_tokenizer, train_tokenizer
@@ -31,7 +33,7 @@ SLOTS = 3
 SIZES = ("small", "medium", "large")
 IGNORED = -100
 # Kind (0: no such group), colour (0: not said), number, size (0: not said) of one group.
-GROUP_FIELDS = (1 + len(cutouts.KINDS), 1 + len(cutouts.COLOURS), 5, 1 + len(SIZES))
+GROUP_FIELDS = (1 + len(KINDS), 1 + len(cutouts.COLOURS), 5, 1 + len(SIZES))
 AXES = ("unsaid", "across", "upright")
 SCENE_FIELDS = (*GROUP_FIELDS * SLOTS, len(AXES), 1 + len(cutouts.BACKGROUNDS))
 HELD_OUT_CAPTIONS = 512
@@ -56,7 +58,7 @@ def group_labels(scene: cutouts.Scene, index: int, said_colour: str | None, said
     """The four answers about a group, as far as they were said."""
     group = scene.groups[index]
     return [
-        1 + list(cutouts.KINDS).index(group.kind),
+        1 + list(KINDS).index(group.kind),
         0 if said_colour is None else 1 + list(cutouts.COLOURS).index(said_colour),
         group.count,
         0 if said_size is None else 1 + SIZES.index(said_size),
@@ -188,15 +190,16 @@ class LanguageModelObjective:
         length = self._prefix.shape[1]
         mask = torch.cat([texts.mask.new_ones(batch, length), texts.mask], dim=1)
         positions = torch.arange(length, length + texts.ids.shape[1], device=self.device)[None].expand(batch, -1)
-        out = self.module.model(
+        continued: Tensor = self.module.model(
             input_ids=texts.ids, attention_mask=mask, position_ids=positions, past_key_values=shared, use_cache=True
         )[0]
-        return out
+        return continued
 
     def _scores(self, texts: Texts, with_instruction: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Next-token logits [B, T, V], phrase answers and scene answers (unsplit)."""
         hidden = self._hidden(texts, with_instruction)
-        logits = 30 * torch.tanh(hidden @ self.module.model.embed_tokens.weight.T / 30)  # type: ignore[union-attr]
+        embedding: Any = self.module.model.embed_tokens
+        logits = 30 * torch.tanh(hidden @ embedding.weight.T / 30)
         phrases = self.module.phrase_head(hidden[texts.phrase_rows, texts.phrase_positions])
         last = texts.mask.sum(1) - 1
         return logits, phrases, self.module.scene_head(hidden[torch.arange(len(last), device=last.device), last])
@@ -225,7 +228,7 @@ class LanguageModelObjective:
             texts = self._texts(self._held_out, with_instruction)
             logits, _, scenes = self._scores(texts, with_instruction)
             right = torch.ones(len(self._held_out), dtype=torch.bool, device=self.device)
-            for part, labels in zip(scenes.split(list(SCENE_FIELDS), dim=1), texts.scene_labels.T, strict=True):
+            for part, labels in zip(torch.split(scenes, list(SCENE_FIELDS), dim=1), texts.scene_labels.T, strict=True):
                 right &= part.argmax(1) == labels
             figures[name] = float(right.float().mean())
         targets = texts.ids[:, 1:].masked_fill(texts.mask[:, 1:] == 0, IGNORED)
@@ -246,5 +249,5 @@ class LanguageModelObjective:
 
 def _answers_loss(scores: Tensor, labels: Tensor, fields: tuple[int, ...]) -> Tensor:
     """Mean cross-entropy over the questions, whose scores lie side by side."""
-    parts = scores.float().split(list(fields), dim=1)
+    parts = torch.split(scores.float(), list(fields), dim=1)
     return torch.stack([F.cross_entropy(part, label) for part, label in zip(parts, labels.T, strict=True)]).mean()
