@@ -20,7 +20,7 @@ def tiny_parts():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_parts, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
-    """The tiny model saved in the published layout, with its bf16 and fp16 variants beside the plain files. Read only."""
+    """The tiny model in the published layout, with bf16 and fp16 variants beside the plain files. Read only."""
     import copy
 
     import torch

@@ -93,7 +93,7 @@ def test_an_integer_may_stand_for_a_float() -> None:
         (TransformerConfig, {"qk_norm": 1}),
         (TransformerConfig, {"timestep_scale": None}),
         (ControlNetConfig, {"patch_size": 0}),
-        (AutoencoderConfig, {"encoder_block_out_channels": []}),
+        (AutoencoderConfig, {"encoder_block_out_channels": [0, 256, 512, 512, 1024, 1024]}),
         (AutoencoderConfig, {"encoder_block_out_channels": [128, "256"]}),
         (AutoencoderConfig, {"decoder_layers_per_block": [3, 3, 3]}),
         (AutoencoderConfig, {"encoder_block_types": "ResNet"}),

@@ -95,7 +95,11 @@ def test_without_hard_links_nothing_is_overwritten_either(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "link", no_links)
     target = tmp_path / "a.bin"
-    write_atomically(target, lambda file: None if file.write(b"one") else None)
+
+    def write(file: Any) -> None:
+        file.write(b"one")
+
+    write_atomically(target, write)
     assert target.read_bytes() == b"one"
 
     def late(file: Any) -> None:

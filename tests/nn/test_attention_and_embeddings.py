@@ -117,13 +117,13 @@ def test_position_table_closed_form() -> None:
 
 
 def test_patch_embed_orders_tokens_by_row() -> None:
-    embed = PatchEmbed(1, 4, 2)
+    embed = PatchEmbed(2, 4, 2)
     with torch.no_grad():
         embed.proj.weight.zero_()
         embed.proj.weight[0, 0, 0, 1] = 1.0
         assert embed.proj.bias is not None
         embed.proj.bias.zero_()
-        tokens = embed(torch.arange(24.0).view(1, 1, 4, 6))
+        tokens = embed(torch.arange(48.0).view(1, 2, 4, 6))
     assert tokens.shape == (1, 6, 4)
     assert tokens.is_contiguous()
     assert tokens[0, :, 0].tolist() == [1, 3, 5, 13, 15, 17]

@@ -1,14 +1,15 @@
-"""Flags from dataclasses: names, types and help come from the fields and the sentences under them."""
+"""Flags from dataclasses: names, types, choices and help come from the fields and the sentences under them."""
 
 import argparse
 import ast
 import dataclasses
 import functools
 import inspect
+import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from sana.errors import InvalidInput, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """How a field is written on the command line where its name and type do not say it."""
+    """How a field is written on the command line, where its name and type do not say it."""
 
     short: str | None = None
     """One-letter flag."""
@@ -26,7 +27,7 @@ class Spelling:
     value: str | None = None
     """What stands for the value in the help."""
     read: Callable[[str], Any] | None = None
-    """Makes the value of the text, or raises InvalidInput with the second half of a sentence that the flag begins."""
+    """Makes the value from the text, or raises InvalidInput with what follows the flag's name in the sentence."""
     hint: str | None = None
     """Help instead of the sentence under the field."""
 
@@ -38,7 +39,7 @@ class Group:
     title: str
     options: type[Any]
     spellings: Mapping[str, Spelling] = field(default_factory=dict)
-    """By field name; for fields that carry no `Annotated` spelling of their own."""
+    """By field name, for a dataclass that does not annotate its fields with them."""
     leave_out: frozenset[str] = frozenset()
     """Fields that are no flags."""
 
@@ -48,30 +49,11 @@ class Common:
     """What every verb understands."""
 
     json: bool = False
-    """Print one JSON document instead of plain lines."""
+    """Print one JSON document on stdout instead of lines."""
     quiet: Annotated[bool, Spelling(short="-q")] = False
     """Say nothing but results and errors."""
     verbose: Annotated[bool, Spelling(short="-v")] = False
     """Say more, and show the traceback of an error."""
-
-
-COMMON = Group(title="in general", options=Common)
-
-
-@functools.cache
-def field_help(options: type[Any]) -> dict[str, str]:
-    """Return field name -> the sentence under it, of a dataclass and its bases; empty where the source is not there."""
-    sentences: dict[str, str] = {}
-    for owner in reversed([cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]):
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        except (OSError, TypeError):
-            continue
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for named, after in zip(statements, statements[1:], strict=False):
-            if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name) and isinstance(after, ast.Expr):
-                sentences[named.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
-    return sentences
 
 
 def read(
@@ -82,34 +64,170 @@ def read(
     description: str,
     refused: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, Any]]:
-    """Return what is not a flag, and field name -> value of the flags that were given.
+    """Return the words that are no flags, and field name -> value for the flags that were given.
 
     Args:
-        words: the command line behind the verb; everything after `--` is no flag.
-        refused: flags with the sentence that refuses them.
+        words: the command line behind the verb; after `--` nothing is a flag.
+        refused: flags that do not exist here, with the sentence that says why.
 
     Raises:
         InvalidInput: a flag is unknown, lacks its value or has an impossible one.
-        SystemExit: the help was asked for and printed.
+        SystemExit: the help was asked for, and printed.
     """
-    parser = argparse.ArgumentParser(
-        usage=usage,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        exit_on_error=False,
-        add_help=False,
-        formatter_class=_HelpFormatter,
-    )
-    for group in groups:
-        _add_group(parser, group)
-    parser.add_argument_group(groups[-1].title if not groups else COMMON.title)
+    parser = _parser((*groups, COMMON), usage, description)
     cut = words.index("--") if "--" in words else len(words)
     try:
         given, rest = parser.parse_known_args(list(words[:cut]))
     except argparse.ArgumentError as error:
-        raise InvalidInput(_sentence(error)) from None
-    plain = [word for word in rest if not _is_flag(word)]
-    if unknown := [word for word in rest if _is_flag(word)]:
-        raise InvalidInput(_unknown(unknown[0].partition("=")[0], groups, refused or {}))
-    return [*plain, *words[cut + 1 :]], vars(given)
+        flag = str(error.argument_name).split("/")[-1]
+        lacks_value = error.message.startswith("expected")
+        raise InvalidInput(f"{flag} {'needs a value' if lacks_value else error.message}{'.' * lacks_value}") from None
+    for word in rest:
+        if _is_flag(word):
+            raise InvalidInput(_refusal(word.partition("=")[0], groups, refused or {}))
+    return [*rest, *words[cut + 1 :]], vars(given)
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def take(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of a dataclass's fields out of `given`."""
+    return {f.name: given.pop(f.name) for f in dataclasses.fields(cls) if f.name in given}
+
+
+@functools.cache
+def field_help(options: type[Any]) -> dict[str, str]:
+    """Return field name -> the sentence under it, bases included; empty where the source is not installed."""
+    sentences: dict[str, str] = {}
+    for cls in reversed([cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]):
+        try:
+            definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        except OSError:
+            continue
+        body = definition.body if isinstance(definition, ast.ClassDef) else []
+        for named, after in zip(body, body[1:], strict=False):
+            if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name) and isinstance(after, ast.Expr):
+                sentences[named.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return sentences
+
+
+def _is_flag(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-") and not any(mark in word for mark in " \n")
+
+
+def _refusal(flag: str, groups: Sequence[Group], refused: Mapping[str, str]) -> str:
+    if flag in refused:
+        return refused[flag]
+    known = [flag_of(f.name) for g in (*groups, COMMON) for f in dataclasses.fields(g.options)]
+    hint = did_you_mean(flag, known) or " All of them: --help."
+    return f"There is no option {flag}.{hint}"
+
+
+def _parser(groups: Sequence[Group], usage: str, description: str) -> argparse.ArgumentParser:
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+        add_help=False,
+    )
+    for group in groups:
+        section = parser.add_argument_group(group.title)
+        hints = typing.get_type_hints(group.options, include_extras=True)
+        for one in dataclasses.fields(group.options):
+            if one.name not in group.leave_out:
+                annotated = [x for x in getattr(hints[one.name], "__metadata__", ()) if isinstance(x, Spelling)]
+                spelling = group.spellings.get(one.name) or next(iter(annotated), Spelling())
+                _add(section, one, _plain_type(hints[one.name]), spelling, field_help(group.options).get(one.name, ""))
+    section.add_argument("-h", "--help", action="help", help="Show this help.")
+    return parser
+
+
+def _plain_type(hint: Any) -> Any:
+    """Return a type without its annotations and without the None of an optional field."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(_plain_type(part) for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def _add(section: Any, one: "dataclasses.Field[Any]", kind: Any, spelling: Spelling, sentence: str) -> None:
+    """Add the flag of one field, and its other spellings unseen."""
+    flags = [spelling.short, flag_of(one.name)] if spelling.short else [flag_of(one.name)]
+    settings: dict[str, Any] = {"dest": one.name}
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction if one.default is True else "store_true"
+    else:
+        name, reader, count = _value(kind)
+        settings |= {"type": _converter(spelling.read or reader), "metavar": spelling.value or name, "nargs": count}
+    text = (spelling.hint or sentence) + _default(one.default)
+    if spelling.also:
+        text += f" Also {', '.join(spelling.also)}."
+    section.add_argument(*flags, help=text.replace("%", "%%"), **settings)
+    if spelling.also:
+        section.add_argument(*spelling.also, help=argparse.SUPPRESS, **settings)
+
+
+def _default(value: object) -> str:
+    if value is None or value is False or value == "" or value is dataclasses.MISSING:
+        return ""
+    shown = "on" if value is True else " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+    return f" (default: {shown})"
+
+
+def _value(kind: Any) -> tuple[Any, Callable[[str], Any], int | None]:
+    """Return the stand-in, the reader and the number of values of a type."""
+    if typing.get_origin(kind) is Literal:
+        choices = tuple(str(choice) for choice in typing.get_args(kind))
+        return "|".join(choices), functools.partial(_choice, choices), None
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        name, reader, _ = _value(parts[0])
+        return (name,) * len(parts), reader, len(parts)
+    name, reader = _READERS[kind]
+    return name, reader, None
+
+
+def _converter(reader: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return reader(text)
+        except InvalidInput as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _choice(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices:
+        raise InvalidInput(f"must be one of {', '.join(choices)}, not '{text}'.{did_you_mean(text, choices)}")
+    return text
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidInput(f"takes a whole number, not '{text[:40]}'.") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidInput(f"takes a number, not '{text[:40]}'.") from None
+
+
+COMMON = Group(title="everywhere", options=Common)
+_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: ("N", _whole_number),
+    float: ("X", _number),
+    str: ("TEXT", str),
+}

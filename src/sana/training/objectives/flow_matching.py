@@ -220,7 +220,8 @@ class FlowMatchingObjective:
         def velocity(x: Tensor, i: int) -> Tensor:
             times = grid.timesteps[i].to(self.device, torch.float32).expand(2 * count)
             both: Tensor = self.module.transformer(torch.cat([x, x]), texts, times, encoder_attention_mask=masks)[0]
-            return combine(*both.float().chunk(2), 3.0)
+            unconditional, conditional = both.float().chunk(2)
+            return combine(unconditional, conditional, 3.0)
 
         x = torch.randn((count, *self.features.latents.shape[1:]), generator=torch.Generator().manual_seed(0)).to(
             self.device

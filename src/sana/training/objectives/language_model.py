@@ -44,6 +44,7 @@ class LanguageModelSettings:
     """The `[language_model]` table of a recipe."""
 
     vocabulary_size: int = 1024
+    tokenizer_captions: int = 20_000
     hidden_size: int = 192
     num_layers: int = 4
     num_heads: int = 4
@@ -133,7 +134,7 @@ class LanguageModelObjective:
         """Train the tokenizer and build the model."""
         torch.manual_seed(run.seed)
         self.settings, self.run, self.device = settings, run, device
-        self.tokenizer = train_tokenizer(settings.vocabulary_size, run.seed)
+        self.tokenizer = train_tokenizer(settings.vocabulary_size, run.seed, settings.tokenizer_captions)
         self.module = _Trained(build_model(settings), settings.hidden_size).to(device)
         instruction = self.tokenizer.encode(INSTRUCTION).ids
         # The instruction's trailing space merges into the first word of the caption, so it is not part of the prefix.

@@ -1,0 +1,79 @@
+"""Values with a notation of their own: `--size 1024x768` or `16:9`, `--seed 1-4` or `3,17`."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sana.cards import Card
+from sana.engine.request import MAX_SEED
+from sana.engine.resolution import BINS, nearest_bin
+from sana.errors import InvalidInput
+
+MOST_SEEDS = 10_000
+SHAPE_TOLERANCE = 0.1
+"""How far a trained shape may be from the wanted one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A size in pixels, or only a ratio of the sides."""
+
+    width: int
+    height: int
+    ratio: bool = False
+
+    def pixels(self, card: Card) -> tuple[int, int]:
+        """Return (width, height) in pixels: of a ratio, the nearest size that the model was trained on.
+
+        Raises:
+            InvalidInput: the model was trained on no shape like it.
+        """
+        if not self.ratio:
+            return self.width, self.height
+        sample_size = card.transformer.sample_size
+        square = (card.base_size, card.base_size)
+        fits = sample_size in BINS and card.sizes is None
+        height, width = nearest_bin(self.height, self.width, sample_size) if fits else square
+        if abs(width * self.height / (height * self.width) - 1) > SHAPE_TOLERANCE:
+            raise InvalidInput(
+                f"{card.name} was not trained on the shape {self.width}:{self.height}; the nearest it has is"
+                f" {width}x{height}. Ask for that, or use another model."
+            )
+        return width, height
+
+
+def read_size(text: str) -> Shape:
+    """Read `WIDTHxHEIGHT`, one number for a square, or `WIDTH:HEIGHT` for a ratio."""
+    found = re.fullmatch(r"\s*(\d{1,6})\s*(?:([x×*:])\s*(\d{1,6}))?\s*", text, re.IGNORECASE)
+    if found is None or not int(found[1]) or not int(found[3] or found[1]):
+        raise InvalidInput(f"takes a size such as 1024x768 or a shape such as 16:9, not '{text[:40]}'.")
+    return Shape(width=int(found[1]), height=int(found[3] or found[1]), ratio=found[2] == ":")
+
+
+def read_seeds(text: str) -> list[int] | None:
+    """Read `7`, `1-4`, `3,17,20-22`, or `random` (also -1), which is None."""
+    if text.strip().lower() in ("random", "-1"):
+        return None
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        if found is None:
+            raise InvalidInput(f"takes a number, a range such as 1-4, or a list such as 3,17, not '{text[:40]}'.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last > MAX_SEED:
+            raise InvalidInput(f"takes numbers from 0 to {MAX_SEED} in rising order, not '{text[:40]}'.")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise InvalidInput(f"takes at most {MOST_SEEDS} seeds at once; '{text[:40]}' are more.")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise InvalidInput(f"names a seed twice in '{text[:40]}'.")
+    return seeds
+
+
+def runs_of(seeds: Sequence[int], longest: int) -> Iterator[range]:
+    """Cut seeds into runs of consecutive ones, each no longer than a batch."""
+    start = 0
+    for end in range(1, len(seeds) + 1):
+        if end == len(seeds) or end - start == longest or seeds[end] != seeds[end - 1] + 1:
+            yield range(seeds[start], seeds[start] + end - start)
+            start = end
