@@ -49,8 +49,8 @@ class Card:
     """Default guidance scale."""
     sizes: tuple[tuple[int, int], ...] | None = None
     """The only (height, width) it draws; None means any multiple of 32."""
-    languages: tuple[str, ...] = ("en", "zh")
-    """Prompt languages (ISO 639-1)."""
+    languages: tuple[str, ...] = ("en", "zh", "emoji")
+    """What prompts may be written in."""
     licence: str = NVIDIA_LICENCE
     """Terms of the weights."""
     research_only: bool = True
@@ -88,7 +88,7 @@ _BF16 = Card(
     params=1_604_462_752,
     base_size=1024,
     autoencoder=SANA_AUTOENCODER,
-    note="The usual choice. Understands emoji.",
+    note="The usual choice.",
 )
 _FP16 = replace(
     _BF16,
@@ -99,7 +99,7 @@ _FP16 = replace(
     languages=("en",),
     note="Users report blotches from some half-precision runs; sana-1.6b-1024 is the clean one.",
 )
-_MULTILING = replace(_FP16, languages=("en", "zh"))
+_MULTILING = replace(_FP16, languages=_BF16.languages, note="")
 _SANA_15 = replace(
     _BF16,
     name="sana1.5-1.6b-1024",
@@ -165,7 +165,7 @@ _NANO = Card(
     languages=("en", "zh", "emoji"),
     licence="Apache-2.0",
     research_only=False,
-    note="A toy that comes with the package: it draws the paper cut-outs it was trained on, to show that everything works.",
+    note="A toy that comes with the package: it draws the paper cut-outs it was trained on, to show that all works.",
 )
 
 _ALL = (
@@ -176,7 +176,7 @@ _ALL = (
         _MULTILING,
         name="sana-1.6b-1024-multiling",
         hub_id=_HUB + "Sana_1600M_1024px_MultiLing_diffusers",
-        note="Understands emoji. Users report bad pictures in half precision; sana-1.6b-1024 knows the same languages.",
+        note="Users report bad pictures in half precision; sana-1.6b-1024 knows the same languages.",
     ),
     replace(
         _FP16,
@@ -192,7 +192,6 @@ _ALL = (
         hub_id=_HUB + "Sana_1600M_512px_MultiLing_diffusers",
         transformer=replace(_LARGE, sample_size=16),
         base_size=512,
-        note="Understands emoji.",
     ),
     replace(
         _MULTILING,

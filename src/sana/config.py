@@ -65,7 +65,8 @@ class _Config:
         """Raise InvalidInput for values that contradict each other."""
 
     def _error(self, name: str, value: object, rule: str) -> InvalidInput:
-        return InvalidInput(f"{type(self).__name__}.{name} is {value!r}; it must {rule}.")
+        end = "" if rule.endswith("?") else "."
+        return InvalidInput(f"{type(self).__name__}.{name} is {value!r}; it must {rule}{end}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -168,8 +169,9 @@ class TransformerConfig(_BackboneConfig):
     def _check(self) -> None:
         super()._check()
         if self.qk_norm is not None and self.qk_norm not in QK_NORMS:
-            rule = f"be None or one of {', '.join(QK_NORMS)}.{did_you_mean(self.qk_norm, QK_NORMS)}"
-            raise self._error("qk_norm", self.qk_norm, rule.rstrip("."))
+            hint = did_you_mean(self.qk_norm, QK_NORMS)
+            rule = f"be None or one of {', '.join(QK_NORMS)}{'.' if hint else ''}{hint}"
+            raise self._error("qk_norm", self.qk_norm, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

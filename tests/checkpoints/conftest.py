@@ -1,10 +1,12 @@
-"""The fake hub as a fixture."""
+"""The fake hub and a saved model as fixtures."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_hub import Hub, fake_hub
 from huggingface_hub import constants
+from tiny_pipeline import transformer
 
 
 @pytest.fixture
@@ -17,3 +19,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with fake_hub() as served:
         yield served
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny transformer in a folder."""
+    transformer().save_pretrained(tmp_path)
+    return tmp_path

@@ -222,6 +222,19 @@ def test_other_schedulers(made: dict[str, Any], tmp_path: Path) -> None:
         SCMScheduler.from_pretrained(tmp_path, subfolder="vae")
 
 
+def test_scheduler_object_of_the_reference_is_saved(made: dict[str, Any], tmp_path: Path) -> None:
+    import diffusers
+
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.5)
+    save_parts(tmp_path, {**made, "scheduler": theirs})
+    ours = load_parts(tmp_path, only=("scheduler",))["scheduler"]
+    assert (type(ours).__name__, ours.shift) == ("FlowMatchEulerDiscreteScheduler", 2.5)
+    before = dict(ours.config)
+    ours.save_pretrained(tmp_path / "again")
+    assert dict(ours.config) == before
+    assert diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "again").config.shift == 2.5
+
+
 def test_compiled_modules_are_saved_as_themselves(made: dict[str, Any], tmp_path: Path) -> None:
     save_parts(tmp_path, {**made, "transformer": torch.compile(made["transformer"], backend="eager")})
     assert all_same(load_parts(tmp_path), made)

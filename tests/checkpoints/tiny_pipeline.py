@@ -1,5 +1,6 @@
 """Random parts of a SANA pipeline, small enough to save and load hundreds of times."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
 from sana.checkpoints.schedulers import DPMSolverMultistepScheduler
 
+FILE = "diffusion_pytorch_model.safetensors"
+INDEX = FILE + ".index.json"
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
@@ -88,6 +91,10 @@ def parts() -> dict[str, Any]:
         "transformer": transformer(),
         "scheduler": DPMSolverMultistepScheduler(**SCHEDULER),
     }
+
+
+def load(folder: Path, **options: Any) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel.from_pretrained(folder, **options)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -17,6 +17,7 @@ LAYERS = (
     {"engine"},
     {"pipelines", "training", "evaluation"},
     {"apps"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

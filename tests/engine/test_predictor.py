@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sana import Request, generate_images
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, Predictor, trimmed
+from sana.engine.predictor import Captions, Predictor
 from sana.errors import InvalidInput
 from tiny_model import tiny_transformer
 
@@ -129,11 +129,12 @@ def test_padding_changes_nothing(tiny_parts: Parts) -> None:
 def test_trimming_drops_only_what_nobody_reads() -> None:
     embeds = random(2, 4, 3)
     mask = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0]])
-    short, short_mask = trimmed(embeds, mask)
-    assert torch.equal(short, embeds[:, [0, 2]])
-    assert short_mask.tolist() == [[1, 1], [1, 0]]
+    short = Captions(embeds=embeds, mask=mask, rows=(0, 1)).trimmed()
+    assert torch.equal(short.embeds, embeds[:, [0, 2]])
+    assert short.mask.tolist() == [[1, 1], [1, 0]]
     mask[1] = 0
-    assert trimmed(embeds, mask)[0] is embeds, "a row without tokens reads all of its positions"
+    whole = Captions(embeds=embeds, mask=mask, rows=(0, 1))
+    assert whole.trimmed() is whole, "a row without tokens reads all of its positions"
 
 
 def test_half_of_a_learned_variance_is_dropped() -> None:

@@ -1,4 +1,4 @@
-"""Prompt encoding and caption cleaning against the reference pipeline, taken as a black box. Oracle: diffusers 0.42.1."""
+"""Prompt encoding and caption cleaning against the reference pipeline as a black box. Oracle: diffusers 0.42.1."""
 
 import random
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 from torch import Tensor
 
 from sana.text.clean import clean_caption
 from sana.text.gemma import PromptEncoder, pad
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 
 RMS_GATE = 1e-6
 
@@ -22,7 +22,7 @@ NASTY = [
     "A photo of a red fox, 4K (best quality) [masterpiece] {trending} | art*",
     "https://www.example.com/path/to?x=1&y=2#frag and http:a.com.https://b.org/ x.com.http://y",
     "mail me@home.co.uk or a.b-c.it/d_e/f@g, a.com/x.org é.com ..com a.communication it.it",
-    "<person> &amp; <b>bold</b> &lt;i&gt; <!-- note --> <script>alert(1)</script> a < b > c &quot;x&quot; &#x41;&#66; &nope;",
+    "<person> &amp; <b>bold</b> &lt;i&gt; <!-- note --> <script>alert(1)</script> a < b > &quot;x&quot; &#x41; &nope;",
     "IMG_20231212_123456.JPG my.file.png.webp .png x.pdfs 1920x1080 10.5x20. 3×4 12х7 1x2x3",
     "free shipping worldwide  free   shipping freeshipping free download free downloads click for more click on\tit",
     "page 12 page twelve #1 #1234 #12345 123456 12345 192.168.0.1 1.2.3.4.5 fox 12:34 ",
@@ -205,8 +205,9 @@ def test_every_character_is_cleaned_alike(reference_clean: Callable[[str], str])
 
 
 def relative_rms(ours: Tensor, reference: Tensor) -> float:
-    difference = (ours.double() - reference.double()).pow(2).mean().sqrt()
-    return float(difference / reference.double().pow(2).mean().sqrt())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    difference = (ours - reference).pow(2).mean().sqrt()
+    return float(difference / reference.pow(2).mean().sqrt())
 
 
 @pytest.mark.parametrize("style", ["words", "phrases", "letters"])

@@ -5,11 +5,11 @@ import time
 from typing import Any
 
 import pytest
-from text.tiny_gemma import tiny_gemma, tiny_tokenizer
 
 from sana.errors import MissingDependency
 from sana.text.clean import _RULES, clean_caption
 from sana.text.gemma import PromptEncoder, prepare_prompt
+from text.tiny_gemma import tiny_gemma, tiny_tokenizer
 
 EXAMPLES = {
     "address escapes": ("a%20red+fox", "a red fox"),
@@ -17,16 +17,16 @@ EXAMPLES = {
     "person tag": ("<person> runs", "person runs"),
     "http links": ("see https://example.org/a/b?x now", "see ?x now"),
     "www links": ("see www:x now", "see now"),
-    "markup": ("<b>red</b> &lt;fox", "red fox"),
+    "markup": ("<b>red</b> fox", "red fox"),
     "nicknames": ("by @some_body here", "by here"),
     "CJK strokes to ideographs": ("a 猫 cat", "a cat"),
     "dashes": ("red—fox", "red-fox"),
     "double quotes": ("a «red» fox", 'a "red" fox'),
-    "single quotes": ("the fox’s den", "the fox's den"),
+    "single quotes": ("a ‘’red fox", 'a "red fox'),
     "quote entity": ("a &amp;quot;red fox", "a red fox"),
     "ampersand entity": ("red &amp;amp fox", "red fox"),
     "IP addresses": ("at 10.0.0.1 now", "at now"),
-    "article ids at the end": ("fox 1:23%20<b>", "fox 1:23"),
+    "article ids at the end": ("fox 1:23 <br>", "fox"),
     "spelled line breaks": ("red\\nfox", "red fox"),
     "#123": ("fox #12 runs", "fox runs"),
     "#12345...": ("fox #12345 runs", "fox runs"),
@@ -37,7 +37,7 @@ EXAMPLES = {
     "signs and brackets": ("red (fox) [*]", "red fox"),
     "lonely dots": ("red . fox", "red fox"),
     "joined words": ("a-red-fox_in-snow", "a red fox in snow"),
-    "encoding": ("cafÃ© &amp;amp;lt; fox", "café fox"),
+    "encoding": ("a ﬁne fox", "a fine fox"),
     "ids like abc123": ("fox abc123 runs", "fox runs"),
     "ids like abc12de": ("fox abcd12de runs", "fox runs"),
     "ids like 12ab34": ("fox 12ab34 runs", "fox runs"),
@@ -47,15 +47,15 @@ EXAMPLES = {
     "file types": ("fox png images", "fox"),
     "page numbers": ("fox page 12 runs", "fox runs"),
     "long mixed ids": ("fox a1b2c3 runs", "fox runs"),
-    "sizes like 3x4": ("fox 10x20.5 runs", "fox runs"),
+    "sizes like 3x4": ("fox 3×4 runs", "fox runs"),
     "blanks around colons": ("fox : red", "fox: red"),
     "blank after punctuation": ("red,fox", "red, fox"),
     "blanks": ("red \t\n fox", "red fox"),
-    "outer quotes": ("'red fox'", "red fox"),
+    "outer quotes": ('"red fox"', "red fox"),
     "leading punctuation": (";red fox", "red fox"),
-    "trailing punctuation": ("red fox+", "red fox+"),
+    "trailing punctuation": ("red fox,", "red fox"),
     "only a dotted word": (".fox", ""),
-    "outer blanks": ("fox .", "fox ."),
+    "outer blanks": ("(red) fox", "red fox"),
 }
 
 
@@ -67,10 +67,13 @@ def test_every_rule_has_an_example() -> None:
 def test_example(rule: str) -> None:
     text, cleaned = EXAMPLES[rule]
     assert clean_caption(text) == cleaned
+    for name, apply in _RULES:
+        text = text if name == rule else apply(text)
+    assert text != cleaned, "the example must need its rule"
 
 
 def test_prompts_are_cleaned_twice() -> None:
-    text = "''a ''red fox''''"
+    text = "(red) . .fox"
     assert clean_caption(text) != clean_caption(clean_caption(text))
     assert prepare_prompt(text, clean_caption=True) == clean_caption(clean_caption(text))
     assert prepare_prompt(" A «Fox» ", clean_caption=False) == "a «fox»"
@@ -124,6 +127,6 @@ def test_long_text_is_cut_only_between_tags() -> None:
 
 
 def test_a_caption_that_looks_like_a_file_is_no_warning(recwarn: Any) -> None:
-    assert clean_caption("fox&amp;.html") == "fox .html"
+    assert clean_caption("fox&amp;.html") == "fox . html"
     assert clean_caption("/home/fox") == "home fox"
     assert not recwarn.list

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 from torch import Tensor
 
 from sana.errors import InvalidInput, NonFinite
 from sana.text.gemma import PromptEncoder, TextCondition, pad, safe_dtype
+from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 
 RMS_GATE = 1e-6
 

@@ -5,10 +5,10 @@ import random
 import time
 
 import pytest
-from text.tiny_gemma import SENTENCES, tiny_tokenizer
 
 from sana.errors import InvalidInput
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction, token_window, tokenize
+from text.tiny_gemma import SENTENCES, tiny_tokenizer
 
 
 def test_instruction_is_the_published_one() -> None:

@@ -26,7 +26,7 @@ PROMPTS = [
 
 
 def tiny_tokenizer(style: str = "words", *, bos: bool = True, eos: bool = False) -> Any:
-    """Make a tokenizer. `words` merges a space into the next word, `phrases` merges across words, `letters` not at all."""
+    """Make a tokenizer. `words` merges a space into the next word, `phrases` merges across words, `letters` nothing."""
     from transformers import GemmaTokenizer
 
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))

@@ -209,7 +209,7 @@ class PretrainedMixin(nn.Module):
         Errors: CheckpointError when the configuration is unusable or the tensors do not fit it.
         """
         where = weights.folder / "config.json"
-        _check_config(config, cls.__name__, len(stored), where)
+        _check_config(config, cls, len(stored), where)
         try:
             with torch.device("meta"):
                 model = cls.from_config(config)
@@ -349,11 +349,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def _check_config(config: Mapping[str, Any], class_name: str, num_tensors: int, where: Path) -> None:
+def _check_config(config: Mapping[str, Any], cls: type, num_tensors: int, where: Path) -> None:
     """Refuse a configuration of another class, or one that asks for absurd sizes, before anything is built from it."""
-    named = config.get("_class_name", class_name)
-    if named != class_name:
-        raise CheckpointError(f"{where} is the configuration of {named}, not of {class_name}: load it with that class.")
+    named = config.get("_class_name", cls.__name__)
+    if named not in [base.__name__ for base in cls.__mro__]:
+        text = f"{where} is the configuration of {named}, not of {cls.__name__}"
+        raise CheckpointError(f"{text}: load it with the class it names.")
     for key, value in config.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) > MAX_INTEGER:

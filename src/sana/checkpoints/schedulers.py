@@ -5,10 +5,10 @@ from typing import Any, Self
 
 from sana.checkpoints import hub
 from sana.checkpoints.layout import LAYOUT_VERSION, part_of, read_json
-from sana.checkpoints.weights import publish, sync
+from sana.checkpoints.weights import sync, write_json
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow import schedulers as flow
-from sana.flow.scheduler_base import Face, SchedulerConfig
+from sana.flow.scheduler_base import Face
 
 _FILE = part_of("scheduler").config
 
@@ -42,11 +42,10 @@ class SchedulerFiles(Face):
             raise CheckpointError(f"{folder / _FILE} cannot be used: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `scheduler_config.json`."""
+        """Write `scheduler_config.json`; infinities are written as `-Infinity`, as in the published files."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = SchedulerConfig({**self.config, "_diffusers_version": LAYOUT_VERSION})
-        publish(folder / _FILE, lambda beside: beside.write_text(self.to_json_string(), encoding="utf-8"))
+        write_json(folder / _FILE, {**self.to_config(), "_diffusers_version": LAYOUT_VERSION})
         sync(folder)
 
 

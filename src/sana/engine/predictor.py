@@ -5,7 +5,7 @@ T caption length, E text width, C H W latents, n steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,17 +49,16 @@ class Captions:
             start = stop
         return cls(embeds=embeds, mask=mask, rows=tuple(row for row in range(count) for _ in range(repeat)))
 
+    def trimmed(self) -> "Captions":
+        """Return the captions without positions that are masked in every row; exact, because masked keys weigh nothing.
 
-def trimmed(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the positions that are masked in every row, [U, T, E] and [U, T]; exact, because masked keys weigh nothing.
-
-    A row without any token reads all of its positions in the published models, so nothing is dropped then.
-    """
-    used = mask != 0
-    if not bool(used.any(dim=1).all()):
-        return embeds, mask
-    keep = used.any(dim=0)
-    return (embeds, mask) if bool(keep.all()) else (embeds[:, keep], mask[:, keep])
+        A row without any token reads all of its positions in the published models, so nothing is dropped then.
+        """
+        used = self.mask != 0
+        keep = used.any(dim=0)
+        if bool(keep.all()) or not bool(used.any(dim=1).all()):
+            return self
+        return replace(self, embeds=self.embeds[:, keep], mask=self.mask[:, keep])
 
 
 class Predictor:

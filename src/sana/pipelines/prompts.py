@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sana.engine.generate import Change
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, trimmed
+from sana.engine.predictor import Captions
 from sana.errors import MissingDependency
 from sana.flow.samplers import Step
 
@@ -99,5 +99,4 @@ class CallbackBridge:
         )
 
     def _captions(self, embeds: Tensor) -> Captions:
-        embeds, mask = trimmed(embeds, self.mask[-len(embeds) :])
-        return Captions(embeds=embeds, mask=mask, rows=tuple(range(len(embeds))))
+        return Captions(embeds=embeds, mask=self.mask[-len(embeds) :], rows=tuple(range(len(embeds)))).trimmed()

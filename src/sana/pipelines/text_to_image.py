@@ -14,7 +14,7 @@ from torch import Tensor
 from sana.engine.decode import decode
 from sana.engine.generate import Change, Plan, denoise
 from sana.engine.images import check_finite, check_output_type, resize_and_crop, to_pictures
-from sana.engine.predictor import Captions, Predictor, trimmed
+from sana.engine.predictor import Captions, Predictor
 from sana.engine.resolution import nearest_bin
 from sana.errors import InvalidInput
 from sana.flow.adapter import SchedulerSampler, set_timesteps
@@ -270,7 +270,7 @@ class SanaPipeline(Pipeline):
         """Fill the loop's five slots; the scheduler has its timesteps by now."""
         sampler = SchedulerSampler(self.scheduler, generator)
         self._num_timesteps = sampler.grid.num_steps
-        groups = [trimmed(*condition) for condition in (negative, positive) if condition is not None]
+        groups = [condition for condition in (negative, positive) if condition is not None]
         if latents is None:
             start = draw_noise(shape, generator, device=self.device)
         else:
@@ -278,7 +278,7 @@ class SanaPipeline(Pipeline):
         return Plan(
             sampler=sampler,
             latents=start,
-            predictor=Predictor(self.transformer, sampler.grid.timesteps, Captions.stack(groups, images)),
+            predictor=Predictor(self.transformer, sampler.grid.timesteps, Captions.stack(groups, images).trimmed()),
             guidance=self._guidance_scale if negative is not None else 1.0,
         )
 

@@ -55,12 +55,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
         "bos_token": "<bos>",
         "eos_token": "<eos>",
         "pad_token": "<pad>",
         "unk_token": "<unk>",
+        "mask_token": "<unk>",
         "padding_side": "left",
         "model_max_length": 8192,
         "clean_up_tokenization_spaces": False,

@@ -77,7 +77,7 @@ def read(
     parser = _parser((*groups, COMMON), usage, description)
     cut = words.index("--") if "--" in words else len(words)
     try:
-        given, rest = parser.parse_known_args(list(words[:cut]))
+        given, rest = parser.parse_known_args([_hyphened(word) for word in words[:cut]])
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[-1]
         lacks_value = error.message.startswith("expected")
@@ -118,6 +118,12 @@ def _is_flag(word: str) -> bool:
     return len(word) > 1 and word.startswith("-") and not any(mark in word for mark in " \n")
 
 
+def _hyphened(word: str) -> str:
+    """Let `--num_inference_steps` be the same as `--num-inference-steps`."""
+    name, mark, value = word.partition("=")
+    return name.replace("_", "-") + mark + value if _is_flag(name) and name.startswith("--") else word
+
+
 def _refusal(flag: str, groups: Sequence[Group], refused: Mapping[str, str]) -> str:
     if flag in refused:
         return refused[flag]
@@ -137,15 +143,15 @@ def _parser(groups: Sequence[Group], usage: str, description: str) -> argparse.A
         exit_on_error=False,
         add_help=False,
     )
+    sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(group.title for group in groups)}
     for group in groups:
-        section = parser.add_argument_group(group.title)
         hints = typing.get_type_hints(group.options, include_extras=True)
         for one in dataclasses.fields(group.options):
             if one.name not in group.leave_out:
                 annotated = [x for x in getattr(hints[one.name], "__metadata__", ()) if isinstance(x, Spelling)]
                 spelling = group.spellings.get(one.name) or next(iter(annotated), Spelling())
-                _add(section, one, _plain_type(hints[one.name]), spelling, field_help(group.options).get(one.name, ""))
-    section.add_argument("-h", "--help", action="help", help="Show this help.")
+                _add(sections[group.title], one, _plain_type(hints[one.name]), spelling, field_help(group.options).get(one.name, ""))
+    sections[COMMON.title].add_argument("-h", "--help", action="help", help="Show this help.")
     return parser
 
 
@@ -191,7 +197,7 @@ def _value(kind: Any) -> tuple[Any, Callable[[str], Any], int | None]:
         parts = typing.get_args(kind)
         name, reader, _ = _value(parts[0])
         return (name,) * len(parts), reader, len(parts)
-    name, reader = _READERS[kind]
+    name, reader = _READERS.get(kind, _READERS[str])
     return name, reader, None
 
 

@@ -2,91 +2,33 @@
 
 import contextlib
 import dataclasses
-import importlib.util
-import re
-import secrets
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from sana.apps.cli import arguments
-from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.models import DEFAULT_MODEL, TOY, millions
-from sana.apps.cli.names import check_files, plan_files
+from sana.apps.cli.models import TOY, millions
+from sana.apps.cli.names import check_files
+from sana.apps.cli.order import Machine, Order, named_as_flags, parse
 from sana.apps.cli.output import Progress, Terminal, duration
-from sana.apps.cli.values import Shape, read_seeds, read_size, runs_of
+from sana.apps.cli.values import runs_of
 from sana.cards import CARDS, Card
-from sana.engine.request import MAX_SEED, Request, Result
-from sana.errors import InvalidInput, MissingDependency, OutOfMemory, SanaError
+from sana.engine.request import Result
+from sana.errors import OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.parts import Parts
 
-USAGE = 'sana "PROMPT" [options]'
-DESCRIPTION = """Draw pictures of a prompt. The paths of the written files go to stdout, one a line.
-
-Picture i is drawn from seed + i, so it is the same alone or among others: to the last bit at the same
---batch-size, --threads and device, and up to invisible rounding otherwise."""
-
 SMALL_MODEL = 50_000_000
-"""Transformers with fewer parameters draw on one thread: splitting their small products costs more than it saves."""
+"""Below this many parameters a second thread costs more than it brings."""
 
 
 class PartialBatch(SanaError):
-    """Some pictures were written before the error."""
+    """Some of the pictures were written before the error."""
 
     exit_code = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extent:
-    """Spellings of fields of the request that stand for several at once."""
-
-    size: Annotated[Shape | None, Spelling(value="WxH|W:H", read=read_size)] = None
-    """Size in pixels (1024x768, 512) or shape (16:9, the nearest that the model was trained on)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Which model draws, and on what."""
-
-    model: Annotated[str, Spelling(short="-m", value="MODEL")] = DEFAULT_MODEL
-    """A name from `sana models`, a hub id, or a folder."""
-    device: Annotated[str, Spelling(value="auto|cpu|cuda|mps")] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto is what the model's card recommends, and float16 is for the transformer only."""
-    threads: int | None = None
-    """CPU threads; a small model gets one, others all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
-    """What is written, and where."""
-
-    output: Annotated[str | None, Spelling(short="-o", value="PATH")] = None
-    """A .png file, or a folder. Left out, PROMPT-SEED.png in this folder."""
-    metadata: Literal["full", "label", "none"] = "full"
-    """What a file says about itself: settings and AI label, the label only, or nothing."""
-    force: bool = False
-    """Overwrite files that exist."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """A parsed command line, complete but for what only the loaded model can tell."""
-
-    request: Request
-    """Without a seed: those are in `seeds`."""
-    seeds: Sequence[int]
-    shape: Shape | None
-    machine: Machine
-    files: Sequence[Path]
-    metadata: Literal["full", "label", "none"]
-    force: bool
 
 
 @dataclass(kw_only=True)
@@ -100,63 +42,155 @@ class Report:
     model: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, result: Result) -> None:
-        """Take in one finished batch."""
-        self.settings = self.settings or result.settings.to_dict()
+    def add(self, result: Result, count: int) -> None:
+        """Take in one finished batch of a run of `count` pictures."""
+        self.settings = self.settings or {**result.settings.to_dict(), "count": count}
         self.model = dict(result.model)
         for stage, seconds in result.timings.items():
-            self.timings[stage] = round(self.timings.get(stage, 0.0) + seconds, 4)
+            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Carry out the verb."""
-    order = parse(words)
-    card = CARDS.get(order.machine.model)
-    if card is not None:
-        _label(card, terminal)
-        _fitted(order, card).resolve(card)
-    check_files(order.files, force=order.force)
-    report = Report(warnings=terminal.warnings)
-    with _out_of_memory_told():
-        began = time.perf_counter()
-        parts = _load(order.machine, terminal)
-        report.timings["load"] = round(time.perf_counter() - began, 4)
-        if card is None and parts.card is not None:
-            _label(parts.card, terminal)
+    with named_as_flags():
+        order = parse(words)
+        card = CARDS.get(order.machine.model)
+        if card is not None:
+            order.fitted(card)
+        check_files(order.files, force=order.writing.force)
+        report = Report(warnings=terminal.warnings)
+        if card is not None:
+            _introduce(card, order, terminal)
+        with _out_of_memory_told():
+            parts = _load(order.machine, report, terminal)
+        if card is None:
+            _introduce(parts.effective_card, order, terminal)
         with _threads(order.machine.threads, parts):
             _draw(parts, order, report, terminal)
-    report.settings["count"] = len(order.seeds)
     terminal.document(dataclasses.asdict(report))
     return 0
 
 
-def parse(words: Sequence[str]) -> Order:
-    """Return what the command line orders.
+def _introduce(card: Card, order: Order, terminal: Terminal) -> None:
+    """Say what the user should know about the model before waiting for it."""
+    if card.folder is not None:
+        facts = f"{millions(card.params)} parameters, {card.base_size} px"
+        terminal.say(f"{card.name} is the built-in model ({facts}): {TOY}. For others: sana models")
+    elif card.hub_id:
+        terms = f"{card.licence}{', research only' if card.research_only else ''}"
+        terminal.say(f"{card.name} comes from huggingface.co/{card.hub_id} ({terms}); missing files are downloaded.")
+    if "zh" not in card.languages and any("\u4e00" <= mark <= "\u9fff" for mark in order.request.prompt):
+        terminal.warn(f"{card.name} was not trained on Chinese prompts. Say it in English, or use another model.")
 
-    Raises:
-        InvalidInput, MissingDependency: it cannot be carried out by any model.
-    """
-    prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
-    prompt = _prompt(prompts)
-    shape, wishes = given.pop("size", None), given.pop("seed", None)
-    machine, files = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
-    picture = arguments.take(Request, given)
-    if shape is not None and {"width", "height"} & set(picture):
-        raise InvalidInput("--size and --width, --height say the same thing. Give one of them.")
-    if wishes is not None and len(wishes) > 1 and "count" in picture:
-        raise InvalidInput("Several seeds already say how many pictures to draw. Drop --count, or give one --seed.")
-    with _named_as_flags():
-        request = Request(prompt=prompt, **picture)
-        _check_effects(request, picture)
-    if machine.threads is not None and not 1 <= machine.threads <= 1024:
-        raise InvalidInput(f"--threads must be a whole number from 1 to 1024, not {machine.threads}.")
-    seeds = wishes if wishes is not None and len(wishes) > 1 else _seeds(wishes, request, files)
-    return Order(
-        request=request,
-        seeds=seeds,
-        shape=shape,
-        machine=machine,
-        files=plan_files(prompt, seeds, files.output),
-        metadata=files.metadata,
-        force=files.force,
-    )
+
+def _load(machine: Machine, report: Report, terminal: Terminal) -> "Parts":
+    began = time.perf_counter()
+    dtype: Any = "card" if machine.dtype == "auto" else machine.dtype
+    if dtype == "float16":  # text encoder and autoencoder overflow in it
+        dtype = {"default": "float16", "text_encoder": "bfloat16", "vae": "bfloat16"}
+    card = CARDS.get(machine.model)
+    is_here = (card is not None and card.folder is not None) or Path(machine.model).expanduser().is_dir()
+    if is_here:
+        bar: contextlib.AbstractContextManager[Any] = terminal.count(1, text=f"loading {machine.model}")
+    else:  # the hub library draws its own
+        bar = _hub_bars(shown=not terminal.quiet and sys.stderr.isatty())
+    with bar:
+        from sana.engine.parts import load
+
+        parts = load(machine.model, device=machine.device, dtype=dtype)
+    report.timings["load"] = time.perf_counter() - began
+    return parts
+
+
+@contextlib.contextmanager
+def _hub_bars(*, shown: bool) -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _draw(parts: "Parts", order: Order, report: Report, terminal: Terminal) -> None:
+    """Draw and save batch by batch, so that what is finished stays whatever happens to the rest."""
+    from sana.engine.generate import generate
+
+    request = order.fitted(parts.effective_card)
+    num_steps = request.resolve(parts.effective_card).steps
+    runs = list(runs_of(order.seeds, request.batch_size))
+    count = len(order.seeds)
+    try:
+        with terminal.count(num_steps * len(runs)) as progress, _out_of_memory_told():
+            for batch in runs:
+                loop = generate(parts, request.replace(seed=batch.start, count=len(batch)))
+                result = _finished(loop, progress, f"picture {len(report.files) + 1}/{count} · " if count > 1 else "")
+                report.add(result, count)
+                _save(result, order, report, terminal)
+    except SanaError as error:
+        if not report.files:
+            raise
+        raise PartialBatch(f"{error} {len(report.files)} of {count} pictures were written.") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(report.files)} of {count} pictures were written.") from None
+
+
+def _finished(loop: Generator[Any, Any, Result], progress: Progress, title: str) -> Result:
+    """Consume the loop's steps, and return what it ends with."""
+    while True:
+        try:
+            step = next(loop)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        progress.advance(f"{title}step {step.index + 1}/{step.num_steps}")
+
+
+def _save(result: Result, order: Order, report: Report, terminal: Terminal) -> None:
+    from sana.engine.images import save_png
+
+    for text in result.warnings:
+        terminal.warn(text)
+    seconds = result.timings.get("total", 0.0) / len(result.images)
+    for i, (seed, image) in enumerate(zip(result.seeds, result.images, strict=True)):
+        target = order.files[order.seeds.index(seed)]
+        save_png(result, i, target, metadata=order.writing.metadata, force=order.writing.force)
+        report.files.append(str(target))
+        report.seeds.append(seed)
+        terminal.draft = dataclasses.asdict(report)
+        terminal.result(str(target))
+        size, device = f"{image.width}x{image.height}", result.model.get("device", "")
+        terminal.say(f"seed {seed} · {size} · {result.settings.steps} steps · {device} · {duration(seconds)}")
+
+
+@contextlib.contextmanager
+def _threads(wanted: int | None, parts: "Parts") -> Iterator[None]:
+    """Set the number of CPU threads for the length of a `with` block."""
+    import torch
+
+    before = torch.get_num_threads()
+    small = sum(weight.numel() for weight in parts.transformer.parameters()) < SMALL_MODEL
+    torch.set_num_threads(wanted or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Turn the many forms of running out of memory into one error."""
+    try:
+        yield
+    except SanaError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        from sana.engine.decode import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("The memory is full. Lower --batch-size or --size, or use a smaller model.") from error

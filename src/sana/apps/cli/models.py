@@ -65,12 +65,12 @@ def _table(cards: Sequence[Card]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "Draw with one: sana -m NAME \"PROMPT\". More about one: sana models NAME"])
+    return "\n".join([*lines, "", 'Draw with one: sana -m NAME "PROMPT". More about one: sana models NAME'])
 
 
 def _sheet(card: Card) -> str:
     facts = {
-        "where": f"built in: {TOY}" if card.folder else f"huggingface.co/{card.hub_id}",
+        "where": "built in" if card.folder else f"huggingface.co/{card.hub_id}",
         "kind": card.product,
         "parameters": f"{millions(card.params)} (the transformer)",
         "pixels": _sizes(card),

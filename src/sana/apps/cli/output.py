@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
@@ -55,9 +56,9 @@ class Terminal:
             self.progress.clear()
         _write(sys.stderr, line)
 
-    def count(self, total: int, done: int = 0) -> "Progress":
-        """Return the progress of a run of `total` steps, to be used in a `with` block."""
-        return Progress(self, total, done)
+    def count(self, total: int, done: int = 0, text: str = "") -> "Progress":
+        """Return the progress of a run of `total` steps, for a `with` block; `text` is what a bar says at first."""
+        return Progress(self, total, done, text)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -78,19 +79,16 @@ class Terminal:
 class Progress:
     """A bar on a terminal; elsewhere a line at every tenth of the way; with --quiet nothing."""
 
-    def __init__(self, terminal: Terminal, total: int, done: int = 0) -> None:
+    def __init__(self, terminal: Terminal, total: int, done: int = 0, text: str = "") -> None:
         self.terminal, self.total, self.done = terminal, total, done
-        self._bar: Any = None
+        self.bar: Any = None
+        self._began, self._first = time.perf_counter(), done
         if not terminal.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                file=sys.stderr,
-                leave=False,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f} % |{bar:30}| {postfix}",
+            form = "{percentage:3.0f} % |{bar:24}|{postfix}"
+            self.bar = tqdm(
+                total=total, initial=done, file=sys.stderr, leave=False, bar_format=form, postfix=f" {text}"
             )
 
     def __enter__(self) -> Self:
@@ -99,22 +97,26 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.terminal.progress = None
-        if self._bar is not None:
-            self._bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def advance(self, text: str) -> None:
-        """Count one step; `text` says more about it."""
+        """Count one step; `text` says which, and how it went."""
         before, self.done = self.done, self.done + 1
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f" {text} · {self._left()}", refresh=False)
+            self.bar.update()
         elif self.done * 10 // self.total > before * 10 // self.total:
-            self.terminal.say(f"{self.done * 100 // self.total:3d} % · {text}")
+            self.terminal.say(f"{self.done * 100 // self.total:3d} % · {text} · {self._left()}")
+
+    def _left(self) -> str:
+        elapsed = time.perf_counter() - self._began
+        return f"{duration(elapsed / (self.done - self._first) * (self.total - self.done))} left"
 
     def clear(self) -> None:
         """Take the bar off the screen; the next step draws it again."""
-        if self._bar is not None:
-            self._bar.clear()
+        if self.bar is not None:
+            self.bar.clear()
 
 
 def printable(text: str) -> str:
