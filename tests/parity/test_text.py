@@ -188,13 +188,13 @@ def test_nasty_captions_are_cleaned_alike(reference_clean: Callable[[str], str])
 def test_random_captions_are_cleaned_alike(reference_clean: Callable[[str], str]) -> None:
     rng = random.Random(0)
     changed = 0
-    for _ in range(3000):
+    for _ in range(1500):
         pieces = [rng.choice(PIECES) + rng.choice(["", "", " "]) for _ in range(rng.choice([1, 2, 3, 5, 8, 13]))]
         letters = rng.choices(rng.choice(ALPHABETS), k=rng.choice([4, 8, 16, 30]))
         for text in ("".join(pieces), "".join(letters)):
             assert clean_caption(text) == reference_clean(text), repr(text)
             changed += clean_caption(text) != text.lower().strip()
-    assert changed > 3000, "most random texts must give the rules something to do"
+    assert changed > 1500, "most random texts must give the rules something to do"
 
 
 def test_every_character_is_cleaned_alike(reference_clean: Callable[[str], str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, multiprocessing, nn
 
 from sana.errors import CheckpointError, InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.curve import draw_curve, read_series
 from sana.training.loop import Trainer
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
@@ -200,3 +201,14 @@ def test_two_processes_walk_as_one_with_the_same_global_batch(tmp_path: Path) ->
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_curve_shows_the_last_word_on_every_step(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.0, "held_out": {"psnr": 30.0}}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    series = read_series(log)
+    assert series == {"loss": [(1, 4.0), (2, pytest.approx(3.8))], "psnr": [(2, 30.0)]}
+    picture = draw_curve(log, "a run")
+    colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
+    assert (34, 92, 208) in colours

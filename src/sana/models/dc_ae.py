@@ -194,7 +194,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x.clone(memory_format=torch.channels_last))
         for stage in self.down_blocks:
             x = stage(x)
         latent: Tensor = self.conv_out(x)
@@ -237,7 +237,8 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        x: Tensor = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        z = z.clone(memory_format=torch.channels_last)
+        x: Tensor = self.conv_in(z)
         if self.in_shortcut:
             x = (torch.unflatten(x, 1, (z.shape[1], -1)) + z.unsqueeze(2)).flatten(1, 2)
         for stage in reversed(self.up_blocks):

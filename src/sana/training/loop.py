@@ -20,6 +20,7 @@ from torch import distributed
 
 from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.curve import draw_curve
 from sana.training.objectives.base import Objective
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
@@ -47,8 +48,8 @@ def autocast(run: RunSettings, device: torch.device) -> contextlib.AbstractConte
 
 
 class Trainer:
-    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, previews and, at the end, the
-    export.
+    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, `loss.png`, previews and, at the
+    end, the export.
     """
 
     def __init__(self, objective: Objective, run: RunSettings, optimizer: OptimizerSettings, folder: Path) -> None:
@@ -201,6 +202,8 @@ class Trainer:
             line["held_out"] = report.figures
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if report.figures is not None:
+            draw_curve(self.folder / "metrics.jsonl", self.objective.name).save(self.folder / "loss.png")
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights through the objective."""

@@ -1,5 +1,6 @@
 """The command `sana`: find the verb, run it, turn what goes wrong into one sentence and an exit code."""
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -71,9 +72,7 @@ def _check_typo(word: str) -> None:
     """Refuse a single word that looks like a mistyped verb; it would be drawn otherwise."""
     close = difflib.get_close_matches(word.lower(), VERBS, n=1, cutoff=0.8)
     if close:
-        raise InvalidInput(
-            f"There is no verb '{word}'. Did you mean '{close[0]}'? To draw it: sana generate {word}"
-        )
+        raise InvalidInput(f"There is no verb '{word}'. Did you mean '{close[0]}'? To draw it: sana generate {word}")
 
 
 def _fail(terminal: Terminal, error: BaseException, text: str, code: int) -> int:
@@ -90,10 +89,8 @@ def _fail(terminal: Terminal, error: BaseException, text: str, code: int) -> int
 
 def _silence_stdout() -> None:
     """Let the interpreter's last flush of a closed pipe go nowhere."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # stdout may be no real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no real file
-        pass
 
 
 def _help() -> str:

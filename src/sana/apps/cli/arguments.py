@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import shutil
 import textwrap
 import types
@@ -98,8 +99,7 @@ def take(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     return {f.name: given.pop(f.name) for f in dataclasses.fields(cls) if f.name in given}
 
 
-@functools.cache
-def field_help(options: type[Any]) -> dict[str, str]:
+def _sentences(options: type[Any]) -> dict[str, str]:
     """Return field name -> the sentence under it, bases included; empty where the source is not installed."""
     sentences: dict[str, str] = {}
     for cls in reversed([cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]):
@@ -108,7 +108,7 @@ def field_help(options: type[Any]) -> dict[str, str]:
         except OSError:
             continue
         body = definition.body if isinstance(definition, ast.ClassDef) else []
-        for named, after in zip(body, body[1:], strict=False):
+        for named, after in itertools.pairwise(body):
             if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name) and isinstance(after, ast.Expr):
                 sentences[named.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return sentences
@@ -146,11 +146,13 @@ def _parser(groups: Sequence[Group], usage: str, description: str) -> argparse.A
     sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(group.title for group in groups)}
     for group in groups:
         hints = typing.get_type_hints(group.options, include_extras=True)
+        sentences = _sentences(group.options)
         for one in dataclasses.fields(group.options):
             if one.name not in group.leave_out:
-                annotated = [x for x in getattr(hints[one.name], "__metadata__", ()) if isinstance(x, Spelling)]
+                hint = hints[one.name]
+                annotated = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Spelling)]
                 spelling = group.spellings.get(one.name) or next(iter(annotated), Spelling())
-                _add(sections[group.title], one, _plain_type(hints[one.name]), spelling, field_help(group.options).get(one.name, ""))
+                _add(sections[group.title], one, _plain_type(hint), spelling, sentences.get(one.name, ""))
     sections[COMMON.title].add_argument("-h", "--help", action="help", help="Show this help.")
     return parser
 

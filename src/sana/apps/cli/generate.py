@@ -42,6 +42,11 @@ class Report:
     model: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document."""
+        timings = {stage: round(seconds, 4) for stage, seconds in self.timings.items()}
+        return {**dataclasses.asdict(self), "timings": timings}
+
     def add(self, result: Result, count: int) -> None:
         """Take in one finished batch of a run of `count` pictures."""
         self.settings = self.settings or {**result.settings.to_dict(), "count": count}
@@ -67,7 +72,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
             _introduce(parts.effective_card, order, terminal)
         with _threads(order.machine.threads, parts):
             _draw(parts, order, report, terminal)
-    terminal.document(dataclasses.asdict(report))
+    terminal.document(report.to_dict())
     return 0
 
 
@@ -161,7 +166,7 @@ def _save(result: Result, order: Order, report: Report, terminal: Terminal) -> N
         save_png(result, i, target, metadata=order.writing.metadata, force=order.writing.force)
         report.files.append(str(target))
         report.seeds.append(seed)
-        terminal.draft = dataclasses.asdict(report)
+        terminal.draft = report.to_dict()
         terminal.result(str(target))
         size, device = f"{image.width}x{image.height}", result.model.get("device", "")
         terminal.say(f"seed {seed} · {size} · {result.settings.steps} steps · {device} · {duration(seconds)}")

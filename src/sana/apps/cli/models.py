@@ -52,20 +52,14 @@ def _facts(card: Card) -> dict[str, Any]:
 def _table(cards: Sequence[Card]) -> str:
     rows = [("model", "pixels", "parameters", "steps", "languages", "")]
     for card in cards:
-        where = "built in (a toy)" if card.folder else "research only" if card.research_only else ""
-        rows.append(
-            (
-                card.name,
-                str(card.base_size),
-                millions(card.params),
-                str(card.steps),
-                " ".join(card.languages),
-                where,
-            )
-        )
+        remark = "built in, a toy" if card.folder else "research only" if card.research_only else ""
+        size, languages = str(card.base_size), " ".join(card.languages)
+        rows.append((card.name, size, millions(card.params), str(card.steps), languages, remark))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", 'Draw with one: sana -m NAME "PROMPT". More about one: sana models NAME'])
+    terms = dict.fromkeys(f"{'built in' if card.folder else 'the others'}: {card.licence}" for card in cards)
+    advice = 'Draw with one: sana -m NAME "PROMPT". More about one: sana models NAME'
+    return "\n".join([*lines, "", f"Licences: {'; '.join(terms)}.", advice])
 
 
 def _sheet(card: Card) -> str:
@@ -75,7 +69,7 @@ def _sheet(card: Card) -> str:
         "parameters": f"{millions(card.params)} (the transformer)",
         "pixels": _sizes(card),
         "defaults": f"{card.steps} steps, guidance {card.guidance:g}, sampler {card.sampler}",
-        "languages": " ".join(card.languages),
+        "languages": ", ".join(card.languages),
         "licence": card.licence + (", research only" if card.research_only else ""),
         "note": card.note,
     }

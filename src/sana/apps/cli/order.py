@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
@@ -169,7 +169,7 @@ def _prompt(prompts: Sequence[str]) -> str:
     try:
         prompts[0].encode()
     except UnicodeEncodeError:
-        raise InvalidInput("The prompt is not valid UTF-8. Check the encoding of the terminal or of the script.") from None
+        raise InvalidInput("The prompt is not valid UTF-8. Check the encoding of the terminal.") from None
     return prompts[0]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self, TextIO
 
 _PLAIN = str.maketrans({"·": "-", "×": "x", "…": "..."})
+LONGEST_SILENCE = 60.0
+"""Seconds after which a slow run says something."""
 _LOG = logging.getLogger("sana")
 
 
@@ -77,12 +79,13 @@ class Terminal:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at every tenth of the way; with --quiet nothing."""
+    """A bar on a terminal; elsewhere a line at every tenth of the way, or after a minute; with --quiet nothing."""
 
     def __init__(self, terminal: Terminal, total: int, done: int = 0, text: str = "") -> None:
         self.terminal, self.total, self.done = terminal, total, done
         self.bar: Any = None
-        self._began, self._first = time.perf_counter(), done
+        self._first = done
+        self._began = self._spoken = time.perf_counter()
         if not terminal.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -104,14 +107,18 @@ class Progress:
         """Count one step; `text` says which, and how it went."""
         before, self.done = self.done, self.done + 1
         if self.bar is not None:
-            self.bar.set_postfix_str(f" {text} · {self._left()}", refresh=False)
+            self.bar.set_postfix_str(f" {text}{self._left()}", refresh=False)
             self.bar.update()
-        elif self.done * 10 // self.total > before * 10 // self.total:
-            self.terminal.say(f"{self.done * 100 // self.total:3d} % · {text} · {self._left()}")
+            return
+        now = time.perf_counter()
+        if self.done * 10 // self.total > before * 10 // self.total or now - self._spoken > LONGEST_SILENCE:
+            self._spoken = now
+            self.terminal.say(f"{self.done * 100 // self.total:3d} % · {text}{self._left()}")
 
     def _left(self) -> str:
         elapsed = time.perf_counter() - self._began
-        return f"{duration(elapsed / (self.done - self._first) * (self.total - self.done))} left"
+        to_do = self.total - self.done
+        return f" · {duration(elapsed / (self.done - self._first) * to_do)} left" if to_do else ""
 
     def clear(self) -> None:
         """Take the bar off the screen; the next step draws it again."""

@@ -1,0 +1,232 @@
+"""`sana train`: recipes one after the other, each resumed if it was begun, skipped if it is finished."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import signal
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from sana.apps.cli import arguments
+from sana.apps.cli.arguments import Group, Spelling
+from sana.apps.cli.output import Terminal
+from sana.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from sana.training.config import Recipe
+    from sana.training.loop import Trainer, TrainStep
+
+USAGE = "sana train RECIPE.toml [RECIPE.toml ...] [--TABLE.KEY VALUE ...] [options]"
+DESCRIPTION = """\
+Train from recipes, one after the other. Each is trained in runs/FOLDER/NAME, after the recipe's folder
+and name, and exported to runs/FOLDER/NAME/export, whose path is printed.
+
+  sana train recipes/nano/*.toml             train the built-in model
+  sana train my.toml --run.steps 100         change a setting of the recipe
+
+A run that was stopped goes on where it was; a finished one is not trained again."""
+
+FINISHED = "finished.json"
+"""File in a run's folder that says that it was trained to the end and exported, and from which recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the verb."""
+
+    output: Annotated[str | None, Spelling(short="-o", value="FOLDER")] = None
+    """Folder for the runs, instead of runs/FOLDER."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One recipe and where it is trained."""
+
+    name: str
+    recipe: "Recipe"
+    folder: Path
+
+    @property
+    def export(self) -> Path:
+        """Where the trained part goes."""
+        return self.folder / "export"
+
+    def record(self) -> Any:
+        """Return what `FINISHED` holds: the recipe, as JSON reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+
+
+def run(words: Sequence[str], terminal: Terminal) -> int:
+    """Train every recipe that is not finished, and print where the exports are."""
+    rest, overrides = split_overrides(words)
+    recipes, given = arguments.read(rest, GROUPS, usage=USAGE, description=DESCRIPTION)
+    if not recipes:
+        raise InvalidInput("Which recipe? For example: sana train recipes/nano/*.toml")
+    stages = plan(recipes, overrides, Options(**given).output)
+    done: list[dict[str, Any]] = []
+    for stage in stages:
+        began = time.perf_counter()
+        if _is_finished(stage, terminal):
+            terminal.say(f"{stage.name}: finished before")
+        else:
+            _train(stage, terminal, shlex.join(["sana", "train", *words]))
+        seconds = round(time.perf_counter() - began, 1)
+        done.append({"name": stage.name, "folder": str(stage.folder), "export": str(stage.export), "seconds": seconds})
+        terminal.draft = {"stages": list(done), "warnings": terminal.warnings}
+        terminal.result(str(stage.export))
+    terminal.document(terminal.draft)
+    return 0
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Take `--table.key VALUE` and `--table.key=VALUE` out of a command line.
+
+    Raises:
+        InvalidInput: an override has no value.
+    """
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        flag, mark, value = word.partition("=")
+        if not flag.startswith("--") or "." not in flag:
+            rest.append(word)
+        elif mark or (queue and not queue[0].startswith("--")):
+            overrides[flag[2:].replace("-", "_")] = value if mark else queue.pop(0)
+        else:
+            raise InvalidInput(f"{flag} needs a value.")
+    return rest, overrides
+
+
+def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | None) -> list[Stage]:
+    """Read all recipes, before the first is trained, each with the overrides that concern it.
+
+    Raises:
+        InvalidInput: a recipe or an override is wrong, or two recipes would share a folder.
+        ModelNotFound: there is no such recipe.
+    """
+    from sana.training.config import load_recipe
+
+    stages: list[Stage] = []
+    tables = {path: _tables(path) for path in recipes}
+    for path in recipes:
+        own = {key: text for key, text in overrides.items() if _concerns(key, path, tables)}
+        file = Path(path)
+        root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
+        stages.append(Stage(name=file.stem, recipe=load_recipe(path, own), folder=root / file.stem))
+    folders = [stage.folder for stage in stages]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise InvalidInput(f"Two of the recipes would be trained in {folder}. Train them with separate commands.")
+    return stages
+
+
+def _tables(path: str) -> frozenset[str]:
+    """Return the names of a recipe's tables and of its objective; nothing of what `load_recipe` will refuse."""
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return frozenset()
+    return frozenset({*content, str(content.get("objective"))})
+
+
+def _concerns(key: str, path: str, tables: Mapping[str, frozenset[str]]) -> bool:
+    """Tell whether an override is for this recipe: its table is there, or common, or in none of the recipes."""
+    table = key.partition(".")[0]
+    everywhere = table in ("run", "optimizer") or not any(table in found for found in tables.values())
+    return everywhere or table in tables[path]
+
+
+def _is_finished(stage: Stage, terminal: Terminal) -> bool:
+    """Tell whether a stage was trained to the end; a longer recipe is trained on, other changes are only mentioned."""
+    try:
+        record = json.loads((stage.folder / FINISHED).read_text(encoding="utf-8"))
+        steps = int(record["run"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if not stage.export.is_dir() or steps < stage.recipe.run.steps:
+        return False
+    if record != stage.record():
+        terminal.warn(
+            f"{stage.folder} was trained with other settings than the recipe has now. It is kept as it is;"
+            " to train again, remove it or choose another -o."
+        )
+    return True
+
+
+def _train(stage: Stage, terminal: Terminal, command: str) -> None:
+    """Train one stage to its end and export it.
+
+    Raises:
+        KeyboardInterrupt: the user, or the system, asked to stop; the run is saved, and the text says how to go on.
+    """
+    from sana.training.start import start
+
+    terminal.say(f"{stage.name}: preparing {stage.recipe.objective.replace('_', ' ')} in {stage.folder}")
+    trainer = start(stage.recipe, stage.folder)
+    if trainer.step:
+        terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
+    stopped = _loop(stage, trainer, terminal)
+    if trainer.step < stage.recipe.run.steps:
+        where = f"{stage.name} is saved at step {trainer.step} of {stage.recipe.run.steps}"
+        raise KeyboardInterrupt(f"{where}. To go on: {command}")
+    trainer.export(stage.export)
+    temporary = stage.folder / f".{FINISHED}"
+    temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
+    temporary.replace(stage.folder / FINISHED)
+    if stopped:
+        raise KeyboardInterrupt(f"{stage.name} is finished. To go on: {command}")
+
+
+def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> bool:
+    """Train until the end or until a stop is asked for, and tell whether it was."""
+    total, run = stage.recipe.run.steps, stage.recipe.run
+    unit, rows = UNITS.get(stage.recipe.objective, "images"), run.batch_size * run.accumulate
+    with stop_requests() as stopped, terminal.count(total, trainer.step, stage.name) as progress:
+        steps = cast("Generator[TrainStep, None, None]", trainer.steps())
+        with contextlib.closing(steps):  # closing it early saves the run
+            for report in steps:
+                rate = f"{rows / max(report.seconds, 1e-9):.3g} {unit}/s"
+                progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
+                if report.figures:
+                    terminal.say(_figures(stage, report))
+                if stopped():
+                    break
+        return stopped()
+
+
+def _figures(stage: Stage, report: "TrainStep") -> str:
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in (report.figures or {}).items())
+    return f"{stage.name} · step {report.step} · held out: {figures}"
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second one does not wait."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt("Stopped in the middle of a step.")
+        asked.append(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+GROUPS = (Group(title="the runs", options=Options),)
+UNITS = {"language_model": "captions"}
+"""What a row of a batch is, where it is no image."""

@@ -1,0 +1,96 @@
+"""The built-in model: its size, its layout, and that its pictures show what the prompt says."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sana.cards import CARDS
+from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.engine.generate import generate_images
+from sana.engine.parts import Parts, load
+from sana.engine.request import Request
+from sana.errors import InvalidInput
+from sana.evaluation.detector import detect
+
+FOLDER = Path(str(files("sana") / "assets" / "nano"))
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def nano() -> Parts:
+    return load("nano")
+
+
+def test_it_is_small_and_in_half_precision() -> None:
+    sizes = {file: os.path.getsize(file) for file in FOLDER.rglob("*") if file.is_file()}
+    assert sum(sizes.values()) < 45 * MEGABYTE
+    weights = SanaTransformer2DModel.from_pretrained(FOLDER / "transformer", torch_dtype="auto")
+    assert {p.dtype for p in weights.parameters()} == {torch.float16}
+
+
+def test_the_card_describes_the_files() -> None:
+    card = CARDS["nano"]
+    transformer = SanaTransformer2DModel.from_pretrained(FOLDER / "transformer")
+    autoencoder = AutoencoderDC.from_pretrained(FOLDER / "vae")
+    assert transformer.config.to_dict() == card.transformer.to_dict()
+    assert autoencoder.config.to_dict() == card.autoencoder.to_dict()
+    assert transformer.num_parameters() == card.params
+
+
+def test_the_reference_loads_every_part_and_draws_the_same_latents() -> None:
+    import diffusers
+
+    import sana
+
+    options = {"height": 256, "width": 256, "use_resolution_binning": False, "num_inference_steps": 4}
+    latents = []
+    for kind in (sana.SanaPipeline, diffusers.SanaPipeline):
+        pipe = kind.from_pretrained(FOLDER, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = ["a red fish above a yellow boat", "🟠🌙 ⬆️ 🟤🏠"]
+        generator = torch.Generator().manual_seed(0)
+        latents.append(pipe(prompts, generator=generator, output_type="latent", **options).images)
+    difference = (latents[0] - latents[1]).square().mean().sqrt() / latents[1].square().mean().sqrt()
+    assert float(difference) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a red fish above a yellow boat", [("fish", "red"), ("boat", "yellow")]),
+        ("一只紫色的猫", [("cat", "purple")]),
+        ("🟢🌲", [("tree", "green")]),
+        ("three blue hearts", [("heart", "blue")] * 3),
+    ],
+)
+def test_most_of_its_pictures_show_what_the_prompt_says(
+    nano: Parts, prompt: str, expected: list[tuple[str, str]]
+) -> None:
+    result = generate_images(nano, Request(prompt=prompt, seed=11, count=4))
+    read = [sorted((one.kind, one.colour) for one in detect(np.asarray(image))) for image in result.images]
+    assert sum(found == sorted(expected) for found in read) >= 3, read
+
+
+def test_sizes_it_was_not_trained_for_are_refused(nano: Parts) -> None:
+    with pytest.raises(InvalidInput, match="256"):
+        generate_images(nano, Request(prompt="a red fish", width=512, height=512, seed=0))
+
+
+def test_the_pipeline_bins_to_256_and_resizes_to_what_is_asked() -> None:
+    from sana import SanaPipeline
+
+    pipe = SanaPipeline.from_pretrained("nano")
+    pipe.set_progress_bar_config(disable=True)
+    shapes = []
+
+    def look(pipe: object, i: int, t: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        shapes.append(tuple(tensors["latents"].shape))
+        return tensors
+
+    image = pipe("a red fish", num_inference_steps=2, callback_on_step_end=look).images[0]
+    assert image.size == (1024, 1024)
+    assert set(shapes) == {(1, 32, 8, 8)}
