@@ -217,7 +217,7 @@ def test_save_arguments_are_checked(saved: Path) -> None:
 
 def test_slicing_and_tiling_of_the_autoencoder() -> None:
     model = autoencoder()
-    pictures = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(2, 3, 10, 16, generator=torch.Generator().manual_seed(0))
     latents = model.encode(pictures).latent
     whole = model.decode(latents).sample
     assert (model.use_slicing, model.use_tiling, model.tile_sample_min_height, model.tile_latent_min_width) == (
@@ -248,7 +248,7 @@ def test_tiling_is_the_reference_s(tmp_path: Path) -> None:
     model = autoencoder()
     oracle = diffusers.AutoencoderDC(**AUTOENCODER).eval()
     oracle.load_state_dict(model.state_dict())
-    pictures = torch.randn(2, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(2, 3, 10, 16, generator=torch.Generator().manual_seed(0))
     for one in (model, oracle):
         one.enable_tiling(8, 12, 6, 8)
         one.enable_slicing()

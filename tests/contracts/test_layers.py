@@ -119,6 +119,26 @@ def test_light_modules_import_nothing_heavy_at_the_top(path: Path) -> None:
     assert [module for module, _ in imports(top) if module.split(".")[0] in HEAVY] == []
 
 
+def loops_over_levels(path: Path) -> list[int]:
+    """Find `for` loops over noise levels or timesteps: there is one loop, in flow/samplers.py."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.For) and any(word in ast.unparse(node.iter) for word in ("sigmas", "timesteps"))
+    ]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if package_of(p) != "flow"], ids=name_of)
+def test_there_is_no_second_sampling_loop(path: Path) -> None:
+    assert loops_over_levels(path) == []
+
+
+def test_the_loop_rule_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text("for i, t in enumerate(scheduler.timesteps):\n    pass\nfor x in images:\n    pass\n")
+    assert loops_over_levels(path) == [1]
+
+
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [

@@ -39,6 +39,8 @@ class Parts:
     """The card of a known model, None for a folder of unknown origin."""
     name: str = "unnamed"
     """What the model is called in messages and metadata; never a path."""
+    commit: str | None = None
+    """Commit of the hub repository that the files came from."""
     _prompts: PromptEncoder | None = field(default=None, init=False, repr=False)
 
     @property
@@ -109,6 +111,7 @@ class Parts:
         device = self.device
         return {
             "name": self.name,
+            **({"commit": self.commit} if self.commit else {}),
             **{f"{name}_dtype": dtype for name, dtype in dtypes.items()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "sanakit": sana.__version__,
@@ -163,9 +166,12 @@ def load(
         device=place,
         **components,
     )
-    name = card.name if card is not None else Path(located.folder).resolve().name
+    plain = str(model) if located.commit is not None else located.folder.resolve().name
     return Parts(
-        **{part: loaded.get(part) for part in COMPONENTS}, card=fitting(card, loaded["transformer"]), name=name
+        **{part: loaded.get(part) for part in COMPONENTS},
+        card=fitting(card, loaded["transformer"]),
+        name=plain if card is None else card.name,
+        commit=located.commit,
     )
 
 

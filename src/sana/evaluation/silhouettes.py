@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 
 SIDE = 48
 AREA = 22.0**2
-"""Area of every normalised silhouette in pixels: large enough to see a cat's eyes, small enough that the moon's horns fit."""
+"""Area of a normalised silhouette in pixels: large enough for a cat's eyes, small enough for the moon's horns."""
 TURNS = (-8.0, -4.0, 0.0, 4.0, 8.0)
 
 
@@ -37,7 +37,7 @@ def normalised(cover: Floats) -> Floats:
 
 @functools.cache
 def _templates() -> tuple[Floats, Floats]:
-    """Every kind at every turn, also mirrored (a fish may swim the other way): [T, S·S], and their squared norms [T]."""
+    """Every kind at every turn, also mirrored (a fish may swim the other way), [T, S·S], and squared norms [T]."""
     rows = []
     for kind in KINDS:
         for turn in TURNS:
@@ -48,7 +48,10 @@ def _templates() -> tuple[Floats, Floats]:
 
 
 def match(cover: Floats) -> dict[str, float]:
-    """Overlap (intersection over union, for coverages the Tanimoto ratio) of a silhouette, [h, w], with each kind, best first."""
+    """Overlap of a silhouette, coverage [h, w], with each kind, best first.
+
+    It is intersection over union, for coverages between 0 and 1 in the form of Tanimoto: a·b / (a·a + b·b - a·b).
+    """
     templates, norms = _templates()
     found = normalised(cover).ravel()
     common = templates @ found

@@ -3,7 +3,8 @@
 Source: DC-AE (arXiv 2410.10733) with the multi-scale linear attention of EfficientViT (arXiv 2205.14756).
 Shapes: B batch, C O channels, L latent channels, H W image size, N = H·W, G heads of all scales, d head width.
 Image tensors are NCHW by index and channels-last in memory all the way, whatever comes in: norms, linear layers and
-convolutions then read the same layout, which halves the time of a bfloat16 pass on a CPU.
+convolutions then read the same layout, which halves the time of a bfloat16 pass on a CPU. Sums of more than four axes
+are written in NHWC order because of batches of one: there the strides of an NCHW sum would not tell its layout.
 """
 
 from collections.abc import Callable
@@ -137,8 +138,13 @@ class DownBlock(nn.Module):
         if self.unshuffle:
             out = F.pixel_unshuffle(out, 2)
         if self.shortcut:
-            out = out + torch.unflatten(F.pixel_unshuffle(x, 2), 1, (out.shape[1], -1)).mean(dim=2)
+            out = out + _average_groups(F.pixel_unshuffle(x, 2), out.shape[1])
         return out
+
+
+def _average_groups(x: Tensor, num_groups: int) -> Tensor:
+    """Average groups of consecutive channels, [B, C, H, W] -> [B, num_groups, H, W]."""
+    return torch.unflatten(x.movedim(1, -1), -1, (num_groups, -1)).mean(dim=-1).movedim(-1, 1)
 
 
 class UpBlock(nn.Module):
@@ -163,9 +169,10 @@ class UpBlock(nn.Module):
         """Add without ever making the repeated and shuffled tensor: it is a broadcast view of `x`."""
         batch, channels, height, width = x.shape
         repeats = 4 * out.shape[1] // channels
-        copies = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1).reshape(batch, out.shape[1], 2, 2, height, width)
-        cells = torch.unflatten(torch.unflatten(out, 3, (width, 2)), 2, (height, 2))  # [B, O, H, 2, W, 2]
-        return (cells + copies.permute(0, 1, 4, 2, 5, 3)).flatten(4, 5).flatten(2, 3)
+        copies = x.movedim(1, -1).unsqueeze(-1).expand(-1, -1, -1, -1, repeats)
+        copies = copies.reshape(batch, height, width, -1, 2, 2).permute(0, 1, 4, 2, 5, 3)
+        cells = torch.unflatten(torch.unflatten(out.movedim(1, -1), 2, (width, 2)), 1, (height, 2))
+        return (cells + copies).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # the sum is [B, H, 2, W, 2, O]
 
 
 class Encoder(nn.Module):
@@ -199,7 +206,7 @@ class Encoder(nn.Module):
             x = stage(x)
         latent: Tensor = self.conv_out(x)
         if self.out_shortcut:
-            latent = latent + torch.unflatten(x, 1, (self.latent_channels, -1)).mean(dim=2)
+            latent = latent + _average_groups(x, self.latent_channels)
         return latent
 
 
@@ -240,7 +247,8 @@ class Decoder(nn.Module):
         z = z.clone(memory_format=torch.channels_last)
         x: Tensor = self.conv_in(z)
         if self.in_shortcut:
-            x = (torch.unflatten(x, 1, (z.shape[1], -1)) + z.unsqueeze(2)).flatten(1, 2)
+            groups = torch.unflatten(x.movedim(1, -1), -1, (z.shape[1], -1))
+            x = (groups + z.movedim(1, -1).unsqueeze(-1)).flatten(-2).movedim(-1, 1)
         for stage in reversed(self.up_blocks):
             x = stage(x)
         out: Tensor = self.conv_out(self.act(self.norm_out(x)))

@@ -49,7 +49,9 @@ def _page(file: str, metadata: Metadata) -> str:
         request = metadata.request()
     except InvalidInput as error:
         return "\n".join([file, *_rows({"AI label": label, "settings": str(error)})])
-    settings = {name.replace("_", " "): _shown(value) for name, value in _unusual(request).items()}
+    unusual = _unusual(request)
+    size = f"{unusual.pop('width', '')}x{unusual.pop('height', '')}"
+    settings = {name.replace("_", " "): _shown(value) for name, value in unusual.items()} | {"size": size.strip("x")}
     model = metadata.record.get("model")
     facts = {str(k): str(v) for k, v in model.items()} if isinstance(model, Mapping) else {}
     again = {"again": command(request, facts.get("name", ""))}

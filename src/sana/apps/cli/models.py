@@ -1,6 +1,7 @@
 """`sana models`: the table of known models, or everything about one."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sana.apps.cli import arguments
@@ -18,11 +19,26 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if len(names) > 1:
         raise InvalidInput("`sana models` tells about one model at a time; name one, or none for the table.")
     if names and names[0] not in CARDS:
-        raise ModelNotFound(f"There is no model '{names[0]}'.{did_you_mean(names[0], CARDS)} All: sana models")
+        raise _no_model(names[0])
     chosen = [CARDS[name] for name in names] or list(CARDS.values())
     terminal.document({"models": [_facts(card) for card in chosen]})
     terminal.result(_sheet(chosen[0]) if names else _table(chosen))
     return 0
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that is no card, no path and no hub id; the others are found, or not, when the model is loaded.
+
+    Raises:
+        ModelNotFound: naming what is meant, perhaps.
+    """
+    if name not in CARDS and "/" not in name and not Path(name).expanduser().exists():
+        raise _no_model(name)
+
+
+def _no_model(name: str) -> ModelNotFound:
+    longer = next((f" Did you mean '{card}'?" for card in CARDS if name and card.startswith(name)), "")
+    return ModelNotFound(f"There is no model '{name}'.{longer or did_you_mean(name, CARDS)} All of them: sana models")
 
 
 def millions(params: int) -> str:

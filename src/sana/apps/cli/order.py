@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.models import DEFAULT_MODEL
+from sana.apps.cli.models import DEFAULT_MODEL, check_model
 from sana.apps.cli.names import plan_files
-from sana.apps.cli.values import Shape, read_seeds, read_size
+from sana.apps.cli.values import Shape, read_device, read_seeds, read_size
 from sana.cards import Card
 from sana.engine.request import Request, ResolvedRequest
 from sana.errors import InvalidInput, MissingDependency
@@ -48,7 +48,7 @@ class Machine:
 
     model: Annotated[str, Spelling(short="-m", value="MODEL")] = DEFAULT_MODEL
     """A name from `sana models`, a hub id, or a folder."""
-    device: Annotated[str, Spelling(value="auto|cpu|cuda|mps")] = "auto"
+    device: Annotated[str, Spelling(value="auto|cpu|cuda[:N]|mps", read=read_device)] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision; auto is what the model's card recommends, float16 is for the transformer only."""
@@ -109,6 +109,7 @@ def parse(words: Sequence[str]) -> Order:
     """
     prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
     prompt, shape, wished = _prompt(prompts), given.pop("size", None), given.pop("seed", None)
+    check_model(given.get("model", DEFAULT_MODEL))
     machine, writing = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
     picture = arguments.take(Request, given)
     if shape is not None and {"width", "height"} & set(picture):

@@ -29,6 +29,8 @@ class Terminal:
 
     def result(self, line: str) -> None:
         """Print a line of the result, unless the JSON document will hold it."""
+        if self.progress is not None:
+            self.progress.clear()
         if not self.json:
             _write(sys.stdout, line)
 
@@ -89,10 +91,9 @@ class Progress:
         if not terminal.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            form = "{percentage:3.0f} % |{bar:24}|{postfix}"
-            self.bar = tqdm(
-                total=total, initial=done, file=sys.stderr, leave=False, bar_format=form, postfix=f" {text}"
-            )
+            form = "{percentage:3.0f} % |{bar:24}| {desc}"
+            self.bar = tqdm(total=total, initial=done, file=sys.stderr, leave=False, bar_format=form)
+            self.bar.set_description_str(text)
 
     def __enter__(self) -> Self:
         self.terminal.progress = self
@@ -107,7 +108,7 @@ class Progress:
         """Count one step; `text` says which, and how it went."""
         before, self.done = self.done, self.done + 1
         if self.bar is not None:
-            self.bar.set_postfix_str(f" {text}{self._left()}", refresh=False)
+            self.bar.set_description_str(f"{text}{self._left()}", refresh=False)
             self.bar.update()
             return
         now = time.perf_counter()

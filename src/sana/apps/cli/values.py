@@ -1,4 +1,4 @@
-"""Values with a notation of their own: `--size 1024x768` or `16:9`, `--seed 1-4` or `3,17`."""
+"""Values with a notation of their own: `--size 1024x768` or `16:9`, `--seed 1-4` or `3,17`, `--device cuda:1`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -68,6 +68,13 @@ def read_seeds(text: str) -> list[int] | None:
     if len(set(seeds)) < len(seeds):
         raise InvalidInput(f"names a seed twice in '{text[:40]}'.")
     return seeds
+
+
+def read_device(text: str) -> str:
+    """Read `auto` or the name of a device, which need not be there."""
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", text):
+        raise InvalidInput(f"must be auto, cpu, cuda, cuda:N, xpu or mps, not '{text[:40]}'.")
+    return text
 
 
 def runs_of(seeds: Sequence[int], longest: int) -> Iterator[range]:

@@ -1,0 +1,88 @@
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sana.cards import CARDS
+from sana.checkpoints import hub
+from sana.engine import parts as module
+from sana.engine.parts import Parts, fitting, load, pick_device, recommended_dtypes
+from sana.errors import InvalidInput
+from tiny_model import tiny_transformer
+
+
+def test_recommended_dtypes_are_the_cards_but_exact_on_a_cpu() -> None:
+    card = CARDS["sana-1.6b-1024-fp16"]
+    assert recommended_dtypes(card, torch.device("cuda")) == dict(card.dtypes)
+    on_cpu = {"transformer": "float32", "vae": "float32", "text_encoder": "bfloat16"}
+    assert recommended_dtypes(card, torch.device("cpu")) == on_cpu
+    assert recommended_dtypes(None, torch.device("cuda")) == {"default": "auto"}
+
+
+def test_load_takes_the_recommended_dtypes(tiny_folder: Path) -> None:
+    half = load(tiny_folder, variant="bf16", device="cpu")
+    assert (half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.bfloat16,
+    )
+    assert load(tiny_folder, device="cpu", dtype={"transformer": "bfloat16"}).transformer.dtype == torch.bfloat16
+
+
+def test_a_model_from_the_hub_keeps_its_name_and_commit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = hub.Located(folder=tiny_folder, commit="abc")
+    monkeypatch.setattr(module.hub, "locate", lambda model, **where: found)
+    parts = load("somebody/something", device="cpu")
+    assert (parts.name, parts.commit) == ("somebody/something", "abc")
+    assert parts.describe()["commit"] == "abc"
+
+
+def test_given_parts_need_no_files(tiny_folder: Path, tiny_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        module.hub, "locate", lambda model, **where: asked.append(where["parts"]) or hub.Located(folder=tiny_folder)
+    )
+    load("a/b", device="cpu", text_encoder=tiny_parts.text_encoder, tokenizer=None)
+    assert asked == [("vae", "transformer", "scheduler")]
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for bad in ("quantum", "cuda:99"):
+        with pytest.raises(InvalidInput, match=f"`device` '{bad}'"):
+            pick_device(bad)
+
+
+def test_cards_fit_only_their_own_architecture(tiny_parts: Parts) -> None:
+    config = {
+        f.name: getattr(tiny_parts.transformer.config, f.name) for f in dataclasses.fields(CARDS["nano"].transformer)
+    }
+    card = dataclasses.replace(CARDS["nano"], transformer=type(CARDS["nano"].transformer)(**config))
+    assert fitting(card, tiny_parts.transformer) is card
+    assert fitting(card, tiny_transformer(num_layers=1)) is None
+    assert fitting(None, tiny_parts.transformer) is None
+    assert fitting(card, None) is card
+
+
+def test_unknown_models_get_the_defaults_of_the_nearest_published_one(tiny_parts: Parts) -> None:
+    card = tiny_parts.effective_card
+    assert (card.name, card.base_size, card.steps, card.guidance) == ("tiny", 256, 20, 4.5)
+    sprint = copy.copy(tiny_parts)
+    sprint.transformer = tiny_transformer(guidance_embeds=True, sample_size=16)
+    assert (sprint.effective_card.sampler, sprint.effective_card.base_size) == ("scm", 512)
+
+
+def test_the_prompt_encoder_follows_the_parts(tiny_parts: Parts) -> None:
+    parts = copy.copy(tiny_parts)
+    first = parts.prompts
+    assert parts.prompts is first
+    parts.text_encoder = copy.deepcopy(parts.text_encoder)
+    assert parts.prompts is not first
+    assert parts.prompts.text_encoder is parts.text_encoder
+    parts.tokenizer = None
+    with pytest.raises(InvalidInput, match="no tokenizer"):
+        _ = parts.prompts
