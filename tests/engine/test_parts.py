@@ -1,13 +1,14 @@
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from sana.cards import CARDS
-from sana.checkpoints import hub
+from sana.checkpoints.hub import Located
 from sana.engine import parts as module
 from sana.engine.parts import Parts, fitting, load, pick_device, recommended_dtypes
 from sana.errors import InvalidInput
@@ -33,8 +34,8 @@ def test_load_takes_the_recommended_dtypes(tiny_folder: Path) -> None:
 
 
 def test_a_model_from_the_hub_keeps_its_name_and_commit(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = hub.Located(folder=tiny_folder, commit="abc")
-    monkeypatch.setattr(module.hub, "locate", lambda model, **where: found)
+    found = Located(folder=tiny_folder, commit="abc")
+    monkeypatch.setattr(module, "hub", SimpleNamespace(locate=lambda model, **where: found))
     parts = load("somebody/something", device="cpu")
     assert (parts.name, parts.commit) == ("somebody/something", "abc")
     assert parts.describe()["commit"] == "abc"
@@ -42,9 +43,12 @@ def test_a_model_from_the_hub_keeps_its_name_and_commit(tiny_folder: Path, monke
 
 def test_given_parts_need_no_files(tiny_folder: Path, tiny_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(
-        module.hub, "locate", lambda model, **where: asked.append(where["parts"]) or hub.Located(folder=tiny_folder)
-    )
+
+    def locate(model: str, **where: Any) -> Located:
+        asked.append(where["parts"])
+        return Located(folder=tiny_folder)
+
+    monkeypatch.setattr(module, "hub", SimpleNamespace(locate=locate))
     load("a/b", device="cpu", text_encoder=tiny_parts.text_encoder, tokenizer=None)
     assert asked == [("vae", "transformer", "scheduler")]
 

@@ -236,6 +236,13 @@ def test_another_model_or_tokenizer_object_is_used_at_once(tokenizer: Any, model
     assert encoder.encode(["a cat"]).mask.shape == (1, 2)
 
 
+def test_the_same_tokens_in_another_role_are_another_result(tokenizer: Any, model: Any) -> None:
+    encoder = PromptEncoder(tokenizer, model)
+    assert encoder.encode(["red fox: a cat"]).mask.sum() == 6
+    assert encoder.encode(["a cat"], ["red fox: "]).mask.sum() == 3
+    assert encoder.encode(["fox: a cat"], ["red "]).mask.sum() == 5
+
+
 def test_memory_is_bounded_and_on_the_cpu(tokenizer: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = PromptEncoder(tokenizer, model)
     for i in range(70):

@@ -110,8 +110,12 @@ def test_dropped_text_never_contains_the_instruction() -> None:
     assert tokenize(tokenizer, "prompt: cat", 4, protected=8).dropped == "cat"
 
 
+@pytest.mark.parametrize("characters_per_token", [1, 3, 16])
 @pytest.mark.parametrize("style", ["words", "phrases", "letters"])
-def test_long_texts_give_the_same_first_tokens(style: str) -> None:
+def test_long_texts_give_the_same_first_tokens(
+    style: str, characters_per_token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sana.text.instruction._CHARACTERS_PER_TOKEN", characters_per_token)
     tokenizer = tiny_tokenizer(style)
     rng = random.Random(0)
     words = " ".join(SENTENCES).split(" ")

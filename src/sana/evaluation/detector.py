@@ -101,7 +101,8 @@ def detect(picture: NDArray[np.uint8]) -> list[Detection]:
 def _ink(pixels: Floats, paper: Floats) -> Mask:
     """What is neither paper nor paper in shadow, [H, W]."""
     light = np.clip(pixels @ (paper / max(float(paper @ paper), 1.0)), 1 - DEEPEST_SHADE, 1.1)
-    rest: Mask = np.square(pixels - light[..., None] * paper).sum(-1) > INK**2
+    # A product with ones is several times faster than a sum over an axis of three.
+    rest: Mask = np.square(pixels - light[..., None] * paper) @ np.ones(3, np.float32) > INK**2
     return rest
 
 
@@ -110,8 +111,7 @@ def _read(pixels: Floats, own: Mask, ink: Mask, paper: Floats) -> Detection | No
     rows, columns = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     own, ink, relative = own[window], ink[window] & own[window], pixels[window] - paper
-    distances = np.square(pixels[window][own][:, None] - _PALETTE).sum(-1)
-    votes = (distances < NEAR**2).sum(0)
+    votes = (_squared_distances(pixels[window][own]) < NEAR**2).sum(0)
     colour = int(votes.argmax())
     line = _PALETTE[colour] - paper
     alpha = (relative @ (line / max(float(line @ line), 1.0))) * own
@@ -124,6 +124,12 @@ def _read(pixels: Floats, own: Mask, ink: Mask, paper: Floats) -> Detection | No
     if best < MIN_OVERLAP or best - second < MIN_LEAD:
         return None
     return _detection(kind, _NAMES[colour], best, body, left=int(columns[0]), top=int(rows[0]))
+
+
+def _squared_distances(pixels: Floats) -> Floats:
+    """Of pixels, [n, 3], to the colours of the palette, [n, 8]."""
+    ones = np.ones(3, np.float32)
+    return (np.square(pixels) @ ones)[:, None] - 2 * pixels @ _PALETTE.T + np.square(_PALETTE) @ ones
 
 
 def _perimeter(body: Mask) -> int:

@@ -1,7 +1,7 @@
 """The prompts of the benchmark: GenEval's six tasks on the drawn world, asking for what training never drew.
 
-Prompt p of a task is about scene p // 4 in language p % 4: every scene is asked for in each of the four languages, so that
-their scores compare (the last scene of an odd count lacks some). What is held out, per task:
+Prompt p of a task is about scene p // 4 in language p % 4: every scene is asked for in each of the four languages, so
+that their scores compare (the last scene of an odd count lacks some). What is held out, per task:
 
 - two objects: the pair of kinds; colours: the colour of the kind; position: the kinds in this relation; colour
   attribution: the pair of coloured kinds.

@@ -201,7 +201,7 @@ class PromptEncoder:
         known = self._results.get(key)
         if known is not None:
             self._results.move_to_end(key)
-            return list(torch.split(known.to(device, copy=True), sizes))
+            return list(torch.split(known.to(device), sizes))
         # The caller's autocast would make equal calls differ.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             rows = torch.cat(self._run(batch, head_ids, window, device))

@@ -75,14 +75,14 @@ def read(
         InvalidInput: a flag is unknown, lacks its value or has an impossible one.
         SystemExit: the help was asked for, and printed.
     """
-    parser = _parser((*groups, COMMON), usage, description)
     cut = words.index("--") if "--" in words else len(words)
+    wants_help = bool({"-h", "--help"} & set(words[:cut]))  # only then is it worth reading the sentences
+    parser = _parser((*groups, COMMON), usage, description, _sentences if wants_help else lambda _: {})
     try:
         given, rest = parser.parse_known_args([_hyphened(word) for word in words[:cut]])
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[-1]
-        lacks_value = error.message.startswith("expected")
-        raise InvalidInput(f"{flag} {'needs a value' if lacks_value else error.message}{'.' * lacks_value}") from None
+        raise InvalidInput(f"{flag} {_LACKS.get(error.message, error.message)}") from None
     for word in rest:
         if _is_flag(word):
             raise InvalidInput(_refusal(word.partition("=")[0], groups, refused or {}))
@@ -127,12 +127,15 @@ def _hyphened(word: str) -> str:
 def _refusal(flag: str, groups: Sequence[Group], refused: Mapping[str, str]) -> str:
     if flag in refused:
         return refused[flag]
-    known = [flag_of(f.name) for g in (*groups, COMMON) for f in dataclasses.fields(g.options)]
+    named = [(g, f.name) for g in (*groups, COMMON) for f in dataclasses.fields(g.options)]
+    known = [flag_of(name) for group, name in named if name not in group.leave_out]
     hint = did_you_mean(flag, known) or " All of them: --help."
     return f"There is no option {flag}.{hint}"
 
 
-def _parser(groups: Sequence[Group], usage: str, description: str) -> argparse.ArgumentParser:
+def _parser(
+    groups: Sequence[Group], usage: str, description: str, sentences_of: Callable[[type[Any]], dict[str, str]]
+) -> argparse.ArgumentParser:
     width = min(shutil.get_terminal_size().columns, 100) - 2
     parser = argparse.ArgumentParser(
         usage=usage,
@@ -146,7 +149,7 @@ def _parser(groups: Sequence[Group], usage: str, description: str) -> argparse.A
     sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(group.title for group in groups)}
     for group in groups:
         hints = typing.get_type_hints(group.options, include_extras=True)
-        sentences = _sentences(group.options)
+        sentences = sentences_of(group.options)
         for one in dataclasses.fields(group.options):
             if one.name not in group.leave_out:
                 hint = hints[one.name]
@@ -234,6 +237,7 @@ def _number(text: str) -> float:
 
 
 COMMON = Group(title="everywhere", options=Common)
+_LACKS = {"expected one argument": "needs a value.", "expected 2 arguments": "needs two values."}
 _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("N", _whole_number),
     float: ("X", _number),

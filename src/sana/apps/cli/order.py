@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.models import DEFAULT_MODEL, check_model
+from sana.apps.cli.machine import MACHINE, Machine
 from sana.apps.cli.names import plan_files
-from sana.apps.cli.values import Shape, read_device, read_seeds, read_size
+from sana.apps.cli.values import Shape, read_seeds, read_size
 from sana.cards import Card
 from sana.engine.request import Request, ResolvedRequest
 from sana.errors import InvalidInput, MissingDependency
@@ -31,7 +31,6 @@ Picture i is drawn from seed + i, alone or among others the same: to the last bi
 
 RANDOM_SEEDS = 1_000_000
 """Seeds that are drawn for the user lie below this: short enough to type again."""
-MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +39,6 @@ class Extent:
 
     size: Annotated[Shape | None, Spelling(value="WxH|W:H", read=read_size)] = None
     """Size in pixels (1024x768, or 512) or shape (16:9: the nearest that the model was trained on)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Which model draws, and on what."""
-
-    model: Annotated[str, Spelling(short="-m", value="MODEL")] = DEFAULT_MODEL
-    """A name from `sana models`, a hub id, or a folder."""
-    device: Annotated[str, Spelling(value="auto|cpu|cuda[:N]|mps", read=read_device)] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision; auto is what the model's card recommends, float16 is for the transformer only."""
-    threads: int | None = None
-    """CPU threads; left out, a small model gets one and others get all."""
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise InvalidInput(f"`threads` must be a whole number from 1 to {MAX_THREADS} but is {self.threads}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +90,6 @@ def parse(words: Sequence[str]) -> Order:
     """
     prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
     prompt, shape, wished = _prompt(prompts), given.pop("size", None), given.pop("seed", None)
-    check_model(given.get("model", DEFAULT_MODEL))
     machine, writing = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
     picture = arguments.take(Request, given)
     if shape is not None and {"width", "height"} & set(picture):
@@ -156,7 +136,9 @@ def named_as_flags() -> Iterator[None]:
 
 
 def _as_flag(found: re.Match[str]) -> str:
-    known = {f.name for group in GROUPS for f in dataclasses.fields(group.options)} - {"prompt"}
+    if found[1] == "prompt":
+        return "The prompt" if found.start() == 0 else "the prompt"
+    known = {f.name for group in GROUPS for f in dataclasses.fields(group.options)}
     return arguments.flag_of(found[1]) if found[1] in known else found[0]
 
 
@@ -219,7 +201,7 @@ REQUEST = Group(
 GROUPS = (
     Group(title="the picture", options=Extent),
     REQUEST,
-    Group(title="the model", options=Machine),
+    MACHINE,
     Group(title="the files", options=Files),
 )
 REFUSED = {

@@ -106,15 +106,20 @@ class Progress:
 
     def advance(self, text: str) -> None:
         """Count one step; `text` says which, and how it went."""
-        before, self.done = self.done, self.done + 1
+        self.move(self.done + 1, self.total, text)
+
+    def move(self, done: int, total: int, text: str) -> None:
+        """Say how far it is."""
+        before, self.done, self.total = self.done, done, total
         if self.bar is not None:
+            self.bar.total = total
             self.bar.set_description_str(f"{text}{self._left()}", refresh=False)
-            self.bar.update()
+            self.bar.update(done - before)
             return
         now = time.perf_counter()
-        if self.done * 10 // self.total > before * 10 // self.total or now - self._spoken > LONGEST_SILENCE:
+        if done * 10 // total > before * 10 // total or now - self._spoken > LONGEST_SILENCE:
             self._spoken = now
-            self.terminal.say(f"{self.done * 100 // self.total:3d} % · {text}{self._left()}")
+            self.terminal.say(f"{done * 100 // total:3d} % · {text}{self._left()}")
 
     def _left(self) -> str:
         elapsed = time.perf_counter() - self._began

@@ -1,0 +1,273 @@
+"""`sana generate` with the tiny model: files, seeds, streams, JSON, and everything that can go wrong."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Sana
+from PIL import Image
+
+from sana import read_metadata
+from sana.apps.cli.generate import _introduce
+from sana.apps.cli.machine import Machine
+from sana.apps.cli.order import parse
+from sana.apps.cli.output import Terminal
+from sana.cards import CARDS
+from sana.engine import generate as engine
+from sana.errors import InvalidInput, NonFinite
+
+
+@pytest.fixture
+def draw(sana: Sana, tiny_folder: Path) -> Sana:
+    """`sana ... -m TINY`, two steps unless said otherwise."""
+    return lambda *words: sana(*words, "-m", str(tiny_folder), *(() if "--steps" in words else ("--steps", "2")))
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loading of a model fail the test."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sana.engine.parts.load", load)
+
+
+@pytest.fixture
+def break_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the drawing of the picture with a certain seed end with an error."""
+    original = engine.generate
+
+    def install(seed: int, error: BaseException) -> None:
+        def generate(parts: Any, request: Any) -> Iterator[Any]:
+            if request.seed == seed:
+                raise error
+            return (yield from original(parts, request))
+
+        monkeypatch.setattr(engine, "generate", generate)
+
+    return install
+
+
+def pixels(path: str | Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_a_picture_its_path_and_its_settings(draw: Sana) -> None:
+    said = draw("a Red fox", "--seed", "7", "--guidance", "3")
+    assert said.code == 0
+    assert said.out == "a-red-fox-7.png\n"
+    assert "seed 7 · 256x256 · 2 steps · cpu · " in said.err
+    assert " 50 % · step 1/2" in said.err
+    request = read_metadata("a-red-fox-7.png").request()
+    assert (request.prompt, request.seed, request.steps, request.guidance) == ("a Red fox", 7, 2, 3.0)
+    with Image.open("a-red-fox-7.png") as image:
+        assert image.size == (256, 256)
+
+
+def test_a_picture_is_the_same_alone_and_among_others(draw: Sana) -> None:
+    said = draw("a fox", "--seed", "5", "--count", "2", "-o", "many/")
+    assert said.out.split() == ["many/a-fox-5.png", "many/a-fox-6.png"]
+    assert draw("a fox", "--seed", "6", "-o", "one.png").out == "one.png\n"
+    assert pixels("one.png") == pixels("many/a-fox-6.png") != pixels("many/a-fox-5.png")
+    draw("a fox", "--seed", "6,5", "--batch-size", "2", "-o", "list/")
+    draw("a fox", "--seed", "5-6", "--batch-size", "2", "-o", "pair/")
+    assert pixels("list/a-fox-6.png") == pixels("pair/a-fox-6.png")
+
+
+def test_a_drawn_seed_is_told_and_stored(draw: Sana) -> None:
+    path = draw("a fox", "-q").out.strip()
+    seed = read_metadata(path).request().seed
+    assert path == f"a-fox-{seed}.png"
+
+
+def test_json_is_one_document(draw: Sana) -> None:
+    said = draw("a fox", "--seed", "3-4", "--json", "-q")
+    document = json.loads(said.out)
+    assert said.err == ""
+    assert document["files"] == ["a-fox-3.png", "a-fox-4.png"]
+    assert document["seeds"] == [3, 4]
+    assert document["settings"]["prompt"] == "a fox"
+    assert (document["settings"]["steps"], document["settings"]["count"]) == (2, 2)
+    assert {"load", "text", "denoise", "decode", "total"} <= set(document["timings"])
+    assert document["warnings"] == []
+    assert document["model"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(("level", "labelled", "recorded"), [("full", 1, 1), ("label", 1, 0), ("none", 0, 0)])
+def test_metadata_levels(draw: Sana, level: str, labelled: int, recorded: int) -> None:
+    draw("a fox", "--metadata", level, "-o", "a.png", "--steps", "1")
+    found = read_metadata("a.png")
+    assert (found.generated, found.record is not None, bool(found.parameters)) == (labelled, recorded, recorded)
+
+
+def test_what_is_there_is_not_overwritten_and_nothing_is_loaded_for_that(sana: Sana, no_loading: None) -> None:
+    Path("a-fox-3.png").write_text("precious")
+    said = sana("a fox", "--seed", "1-4")
+    assert said.code == 2
+    assert "a-fox-3.png exists already. Add --force" in said.err
+    assert Path("a-fox-3.png").read_text() == "precious"
+    assert sorted(Path().iterdir()) == [Path("a-fox-3.png")]
+
+
+def test_force_overwrites(draw: Sana) -> None:
+    Path("a-fox-3.png").write_text("precious")
+    assert draw("a fox", "--seed", "3", "--force", "--steps", "1").code == 0
+    assert len(pixels("a-fox-3.png")) == 3 * 256 * 256
+
+
+def test_a_random_seed_avoids_names_that_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    draws = iter([5, 5, 8])
+    monkeypatch.setattr("secrets.randbelow", lambda _: next(draws))
+    monkeypatch.chdir(tmp_path)
+    Path("a-fox-6.png").touch()
+    assert parse(["a fox", "--count", "2"]).seeds == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ((), 2, "What should the picture show?"),
+        (("",), 2, "The prompt is empty."),
+        (("a", "red", "fox"), 2, 'Put it in quotes: sana "a red fox"'),
+        (("a\udcff",), 2, "not valid UTF-8"),
+        (("a\x00",), 2, "sana: The prompt contains a NUL character."),
+        (("x", "--steps", "0"), 2, "--steps must be a whole number from 1 to 1000 but is 0."),
+        (("x", "--size", "512"), 2, "nano draws 256 x 256 only, not 512 x 512"),
+        (("x", "--size", "0x0"), 2, "--size takes a size such as"),
+        (("x", "--size", "256", "-W", "256", "-H", "256"), 2, "Give the one or the others"),
+        (("x", "-W", "256"), 2, "--width and --height go together"),
+        (("x", "--sampler", "dpm"), 2, "--sampler must be one of flow-dpm, flow-euler, scm"),
+        (("x", "--sampler", "scm"), 2, "nano does not work with --sampler 'scm'. Use 'flow-dpm'."),
+        (("x", "-m", "sana-1.6b"), 3, "Did you mean 'sana-1.6b-1024'?"),
+        (("x", "--seed", "1-2", "--count", "2"), 2, "Drop --count"),
+        (("x", "--count", "0"), 2, "--count must be"),
+        (("x", "--threads", "0"), 2, "--threads must be"),
+        (("x", "-n", "blur", "--cfg", "1"), 2, "--negative-prompt has no effect with --guidance 1"),
+        (("x", "--guidance-interval", "0.1", "0.9", "--cfg", "1"), 2, "--guidance-interval has no effect"),
+        (
+            ("x", "--guidance-interval", ".1", ".9", "-m", "sana-sprint-0.6b-1024"),
+            2,
+            "where --guidance-interval has no",
+        ),
+        (("x", "-n", "y", "-m", "sana-sprint-0.6b-1024"), 2, "has no negative prompt"),
+        (("x", "--eta", "0.5"), 2, "There is no --eta"),
+        (("x", "-o", "a.gif"), 2, "Pictures are written as PNG"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_its_exit_code(
+    sana: Sana, no_loading: None, words: tuple[str, ...], code: int, sentence: str
+) -> None:
+    said = sana("generate", *words)
+    assert said.code == code
+    assert sentence in said.err
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert "`" not in said.err
+
+
+@pytest.mark.parametrize(("model", "sentence"), [("./nowhere", "There is no model folder"), (".", "model_index.json")])
+def test_missing_folders_are_exit_3(sana: Sana, model: str, sentence: str) -> None:
+    said = sana("x", "-m", model)
+    assert said.code == 3
+    assert sentence in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_options_without_their_packages_are_refused(sana: Sana, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = sana("x", "--clean-caption")
+    assert said.code == 2
+    assert "needs the packages beautifulsoup4 and ftfy" in said.err
+
+
+def test_a_broken_folder_is_exit_3(draw: Sana, tiny_folder: Path, sana: Sana, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = sana("a fox", "-m", str(broken))
+    assert said.code == 3
+    assert "diffusion_pytorch_model.safetensors" in said.err
+    assert "Traceback" not in said.err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_an_error_after_the_first_picture_is_a_partial_batch(draw: Sana, break_at: Any) -> None:
+    break_at(6, NonFinite("The latents contain NaN."))
+    said = draw("a fox", "--seed", "5-7", "--json")
+    assert said.code == 6
+    assert "The latents contain NaN. 1 of 3 pictures were written." in said.err
+    document = json.loads(said.out)
+    assert document["files"] == ["a-fox-5.png"]
+    assert document["error"]["exit_code"] == 6
+    assert Path("a-fox-5.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (NonFinite("The latents contain NaN."), 1, "sana: The latents contain NaN.\n"),
+        (MemoryError(), 4, "The memory is full. Lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4, "The memory is full. Lower --batch-size"),
+        (KeyboardInterrupt(), 130, "Interrupted. 0 of 1 pictures were written."),
+        (RuntimeError("odd\nvery odd"), 1, "Unexpected error (RuntimeError: odd). Run the command with -v"),
+        (InvalidInput("`steps` is bad."), 2, "--steps is bad."),
+    ],
+)
+def test_errors_of_the_drawing(draw: Sana, break_at: Any, error: BaseException, code: int, sentence: str) -> None:
+    break_at(5, error)
+    said = draw("a fox", "--seed", "5")
+    assert said.code == code
+    assert sentence in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert not list(Path().glob("*"))
+
+
+def test_verbose_shows_the_traceback(draw: Sana, break_at: Any) -> None:
+    break_at(5, RuntimeError("odd"))
+    assert "Traceback" in draw("a fox", "--seed", "5", "-v").err
+
+
+def test_the_toy_is_called_a_toy(capsys: pytest.CaptureFixture[str]) -> None:
+    _introduce(CARDS["nano"], parse(["a fox"]), Terminal())
+    assert "a toy that shows that everything works, not SANA's quality" in capsys.readouterr().err
+    _introduce(CARDS["nano"], parse(["a fox"]), Terminal(quiet=True))
+    assert capsys.readouterr().err == ""
+
+
+def test_models_from_the_hub_are_introduced_with_their_terms(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    _introduce(CARDS["sana-1.6b-512"], parse(["一只猫", "-m", "sana-1.6b-512"]), terminal)
+    said = capsys.readouterr().err
+    assert "huggingface.co/Efficient-Large-Model/Sana_1600M_512px_diffusers (NVIDIA licence" in said
+    assert "not trained on Chinese" in terminal.warnings[0]
+
+
+def test_a_small_model_draws_on_one_thread(tiny_parts: Any) -> None:
+    before = torch.get_num_threads()
+    with Machine().in_use(tiny_parts):
+        assert torch.get_num_threads() == 1
+    with Machine(threads=3).in_use(tiny_parts):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
+
+
+def test_the_flags_are_the_fields_of_the_request(sana: Sana) -> None:
+    import dataclasses
+
+    from sana import Request
+
+    said = sana("generate", "--help")
+    text = " ".join(said.out.split())
+    assert said.code == 0
+    for one in dataclasses.fields(Request):
+        assert one.name == "prompt" or f"--{one.name.replace('_', '-')}" in text
+    assert "Number of denoising steps; more steps take longer" in text
