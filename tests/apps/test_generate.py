@@ -1,6 +1,10 @@
 """`sana generate` with the tiny model: files, seeds, streams, JSON, and everything that can go wrong."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import torch
 from command import Sana
 from PIL import Image
 
+import sana as sana_package
 from sana import read_metadata
 from sana.apps.cli.generate import _introduce
 from sana.apps.cli.machine import Machine
@@ -210,9 +215,17 @@ def test_an_error_after_the_first_picture_is_a_partial_batch(draw: Sana, break_a
     assert Path("a-fox-5.png").exists()
 
 
+def test_a_full_disk_after_the_first_picture_is_a_partial_batch_too(draw: Sana, break_at: Any) -> None:
+    break_at(6, OSError(28, "No space left on device"))
+    said = draw("a fox", "--seed", "5-7")
+    assert said.code == 6
+    assert "sana: No space left on device. 1 of 3 pictures were written." in said.err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
+        (OSError(28, "No space left on device", "a.png"), 1, "sana: No space left on device: a.png.\n"),
         (NonFinite("The latents contain NaN."), 1, "sana: The latents contain NaN.\n"),
         (MemoryError(), 4, "The memory is full. Lower --batch-size"),
         (torch.OutOfMemoryError("CUDA out of memory"), 4, "The memory is full. Lower --batch-size"),
@@ -234,6 +247,31 @@ def test_errors_of_the_drawing(draw: Sana, break_at: Any, error: BaseException, 
 def test_verbose_shows_the_traceback(draw: Sana, break_at: Any) -> None:
     break_at(5, RuntimeError("odd"))
     assert "Traceback" in draw("a fox", "--seed", "5", "-v").err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_with_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sana", "a fox", "-m", str(tiny_folder), "--seed", "1-999", "--steps", "1", "-q"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sana_package.__file__).parents[1])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "a-fox-1.png\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.startswith("sana: Interrupted. ")
+    assert err.endswith(" of 999 pictures were written.\n")
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_first_command_of_all_draws_with_the_built_in_model(sana: Sana) -> None:
+    said = sana("a red fish above a yellow boat", "--seed", "7", "--steps", "2")
+    assert said.code == 0
+    assert said.out == "a-red-fish-above-a-yellow-boat-7.png\n"
+    assert said.err.startswith("nano is the built-in model")
+    assert len(pixels("a-red-fish-above-a-yellow-boat-7.png")) == 3 * 256 * 256
 
 
 def test_the_toy_is_called_a_toy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,13 @@ def test_info_shows_the_settings_and_the_way_back(sana: Sana) -> None:
     assert shown["again"].startswith("sana 'a red fox' --size 256x256 --negative-prompt blur --steps 20")
 
 
+def test_a_prompt_of_several_lines_stays_in_its_column(sana: Sana) -> None:
+    settings = Request(prompt="a fox\na boat", seed=7).resolve(CARDS["nano"])
+    save_png(Result(images=[Image.new("RGB", (8, 8))], seeds=[7], settings=settings), 0, "fox.png")
+    lines = sana("info", "fox.png").out.splitlines()
+    assert lines[1].index("a fox") == lines[2].index("a boat")
+
+
 def test_info_as_json(sana: Sana) -> None:
     settings = picture("fox.png")
     document = json.loads(sana("info", "fox.png", "fox.png", "--json").out)

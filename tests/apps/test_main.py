@@ -111,7 +111,7 @@ evaluate"""
 odd_words = st.sampled_from(["", "a fox", *ODD.split()]) | st.text(max_size=12)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=st.lists(odd_words, max_size=6))
 def test_no_command_line_brings_a_traceback(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -130,7 +130,10 @@ def test_attributed_colours_are_new_together_but_not_alone(asked: list[Prompt]) 
         assert not paint_is_new(second)
         assert not all(in_all_colours(prompt, with_relation=False))
         assert first.colour != second.colour
-        assert [(c.kind, c.colour) for c in prompt.include] == [(first.kind, first.colour), (second.kind, second.colour)]
+        assert [(c.kind, c.colour) for c in prompt.include] == [
+            (first.kind, first.colour),
+            (second.kind, second.colour),
+        ]
 
 
 def test_the_meaning_is_plain_english(asked: list[Prompt]) -> None:

@@ -40,7 +40,10 @@ def test_overrides_win_over_the_file_and_keep_their_type(tmp_path: Path) -> None
         ('objective = "autoencoder"\n[run]\nsteps = 1\n', "batch_size"),
         ('objective = "autoencoder"\n[run]\nsteps = 0\nbatch_size = 1\n', "at least 1"),
         ('objective = "autoencoder"\n[rum]\nsteps = 1\n', "rum"),
-        ('objective = "autoencoder"\n[run]\nsteps = "many"\nbatch_size = 1\nema = "high"\n', "ema"),
+        ('objective = "autoencoder"\n[run]\nsteps = 1\nbatch_size = 1\nema = "high"\n', "ema"),
+        ('objective = "autoencoder"\n[run]\nsteps = "many"\nbatch_size = 1\n', "steps"),
+        ('objective = "autoencoder"\n[run]\nsteps = true\nbatch_size = 1\n', "steps"),
+        ('objective = "autoencoder"\n[run]\nsteps = 1\nbatch_size = 1\n[optimizer]\nbetas = 1\n', "betas"),
         ("objective = \n", "TOML"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sana.data.cutout_captions import caption
 from sana.data.cutouts import Scene, render, sample_scene
 from sana.errors import InvalidInput
 from sana.evaluation.detector import detect, is_read_right
@@ -101,8 +102,8 @@ def evaluate_autoencoder(
 
 
 def _panel(scene: Scene, tag: str, picture: Picture, right: bool) -> Panel:
-    things = ", ".join(f"{group.count} {group.colour} {group.kind}" for group in scene.groups)
-    return Panel(picture=picture, tag=tag, caption=things, right=right)
+    said = caption(scene, random.Random(0), language="en", colours=True, relation=False, plain=True)
+    return Panel(picture=picture, tag=tag, caption=said.text, right=right)
 
 
 def _sheet(panels: Sequence[Sequence[Panel]]) -> Image.Image:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
@@ -87,17 +87,20 @@ class Recipe:
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """Make the dataclass `cls` from a TOML table; lists become tuples, unknown keys and wrong types are errors."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in fields:
             raise InvalidInput(
                 f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}."
             )
-        default = fields[key].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        expected = hints[key]
+        if expected is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if default is not dataclasses.MISSING and default is not None and not isinstance(value, list | type(default)):
-            raise InvalidInput(f"{where}.{key} must be of type {type(default).__name__}, but is {value!r}.")
+        plain = get_origin(expected) or expected
+        wanted = (list,) if plain is tuple else (dict,) if plain is Mapping else (plain,)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
+            raise InvalidInput(f"{where}.{key} must be of type {plain.__name__}, but is {value!r}.")
         values[key] = tuple(value) if isinstance(value, list) else value
     missing = [
         name

@@ -167,8 +167,7 @@ class Trainer:
         return figures
 
     def steps(self) -> Iterator[TrainStep]:
-        """Train to the end, yielding one report a step; closing the generator, or Ctrl-C in the consumer, saves
-        first.
+        """Train to the end, yielding one report a step; closing the generator saves first.
         """
         try:
             while self.step < self.run.steps:
@@ -190,7 +189,7 @@ class Trainer:
                 if last or self.step % self.run.save_every == 0:
                     self.save()
                 yield report
-        except (GeneratorExit, KeyboardInterrupt):
+        except GeneratorExit:
             self.save()
             raise
 

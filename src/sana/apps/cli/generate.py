@@ -89,10 +89,11 @@ def _draw(parts: "Parts", order: Order, report: Report, terminal: Terminal) -> N
                 result = _finished(loop, progress, f"picture {len(report.files) + 1}/{count} · " if count > 1 else "")
                 report.add(result, count)
                 _save(result, order, report, terminal)
-    except SanaError as error:
-        if not report.files:
+    except (SanaError, OSError) as error:
+        if not report.files or isinstance(error, BrokenPipeError):
             raise
-        raise PartialBatch(f"{error} {len(report.files)} of {count} pictures were written.") from error
+        reason = str(error) if isinstance(error, SanaError) else f"{error.strerror or error}."
+        raise PartialBatch(f"{reason} {len(report.files)} of {count} pictures were written.") from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(report.files)} of {count} pictures were written.") from None
 

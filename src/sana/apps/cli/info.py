@@ -92,7 +92,8 @@ def _model(facts: Mapping[str, str]) -> dict[str, str]:
 
 def _rows(values: Mapping[str, str]) -> list[str]:
     width = max(map(len, values))
-    return [f"  {name:<{width}}  {value}" for name, value in values.items() if value]
+    hang = "\n" + " " * (width + 4)
+    return [f"  {name:<{width}}  {hang.join(value.splitlines())}" for name, value in values.items() if value]
 
 
 def _shown(value: object) -> str:

@@ -68,7 +68,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     recipes, given = arguments.read(rest, GROUPS, usage=USAGE, description=DESCRIPTION)
     if not recipes:
         raise InvalidInput("Which recipe? For example: sana train recipes/nano/*.toml")
-    stages = plan(recipes, overrides, Options(**given).output)
+    stages = plan(recipes, overrides, Options(**arguments.take(Options, given)).output)
     done: list[dict[str, Any]] = []
     for stage in stages:
         began = time.perf_counter()

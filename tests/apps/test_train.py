@@ -1,0 +1,252 @@
+"""`sana train` and `sana evaluate`."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Sana
+
+from sana.apps.cli.machine import Machine
+from sana.apps.cli.output import Terminal
+from sana.apps.cli.train import plan, split_overrides, stop_requests
+from sana.errors import InvalidInput
+from sana.training.loop import TrainStep
+
+RECIPE = 'objective = "autoencoder"\n[run]\nsteps = 4\nbatch_size = 2\n'
+SMALL = """
+objective = "autoencoder"
+[run]
+steps = 2
+batch_size = 2
+precision = "float32"
+[autoencoder.model]
+latent_channels = 8
+encoder_block_types = "ResBlock"
+decoder_block_types = "ResBlock"
+encoder_block_out_channels = [8, 8, 16, 32, 32, 32]
+decoder_block_out_channels = [8, 8, 16, 32, 32, 32]
+encoder_layers_per_block = [0, 1, 1, 1, 1, 1]
+decoder_layers_per_block = [0, 1, 1, 1, 1, 1]
+encoder_qkv_multiscales = [[], [], [], [], [], []]
+decoder_qkv_multiscales = [[], [], [], [], [], []]
+encoder_out_shortcut = false
+decoder_in_shortcut = false
+"""
+
+
+class FakeTrainer:
+    """Keeps its step in a file; `at_step` is called in the middle of each."""
+
+    at_step: Callable[[int], None] = staticmethod(lambda step: None)
+
+    def __init__(self, recipe: Any, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = folder / "step"
+        self.step = int(saved.read_text()) if saved.exists() else 0
+
+    def steps(self) -> Iterator[TrainStep]:
+        total = self.recipe.run.steps
+        try:
+            while self.step < total:
+                type(self).at_step(self.step + 1)
+                self.step += 1
+                figures = {"psnr": 20.5} if self.step == total else None
+                yield TrainStep(step=self.step, steps=total, loss=1 / self.step, parts={}, seconds=0.5, figures=figures)
+        finally:
+            (self.folder / "step").write_text(str(self.step))
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "weights").write_text(str(self.step))
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[FakeTrainer]:
+    """Every trainer that is started, all fake."""
+    made: list[FakeTrainer] = []
+
+    def start(recipe: Any, folder: Path) -> FakeTrainer:
+        made.append(FakeTrainer(recipe, folder))
+        return made[-1]
+
+    monkeypatch.setattr("sana.training.start.start", start)
+    monkeypatch.setattr(FakeTrainer, "at_step", staticmethod(lambda step: None))
+    return made
+
+
+def write(name: str, text: str = RECIPE) -> str:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return name
+
+
+def test_recipes_run_one_after_the_other_and_are_exported(sana: Sana, trainers: list[FakeTrainer]) -> None:
+    first, second = write("recipes/toy/1-a.toml"), write("recipes/toy/2-b.toml")
+    said = sana("train", first, second)
+    assert said.code == 0
+    assert said.out == "runs/toy/1-a/export\nruns/toy/2-b/export\n"
+    assert Path("runs/toy/1-a/export/weights").read_text() == "4"
+    assert "1-a · step 2/4 · loss 0.5000 · 4 images/s" in said.err
+    assert "left" in said.err
+    assert "1-a · step 4 · held out: psnr 20.5" in said.err
+
+
+def test_a_finished_stage_is_not_trained_again(sana: Sana, trainers: list[FakeTrainer]) -> None:
+    path = write("recipes/toy/a.toml")
+    sana("train", path)
+    said = sana("train", path)
+    assert (said.code, said.out) == (0, "runs/toy/a/export\n")
+    assert "a: finished before" in said.err
+    assert len(trainers) == 1
+    changed = sana("train", path, "--run.batch_size", "3", "--json")
+    assert "trained with other settings" in json.loads(changed.out)["warnings"][0]
+    assert len(trainers) == 1
+    longer = sana("train", path, "--run.steps", "6")
+    assert "going on at step 4 of 6" in longer.err
+    assert Path("runs/toy/a/export/weights").read_text() == "6"
+
+
+def test_output_names_the_folder_of_the_runs(sana: Sana, trainers: list[FakeTrainer]) -> None:
+    assert sana("train", write("a.toml"), "-o", "elsewhere").out == "elsewhere/a/export\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    path = write("recipes/toy/a.toml")
+    before = signal.getsignal(number)
+    monkeypatch.setattr(
+        FakeTrainer, "at_step", staticmethod(lambda step: os.kill(os.getpid(), number) if step == 2 else None)
+    )
+    said = sana("train", path, "--run.batch_size", "2")
+    assert said.code == 130
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == (
+        "sana: Interrupted. a is saved at step 2 of 4. To go on: sana train recipes/toy/a.toml --run.batch_size 2"
+    )
+    assert Path("runs/toy/a/step").read_text() == "2"
+    assert signal.getsignal(number) == before
+    monkeypatch.setattr(FakeTrainer, "at_step", staticmethod(lambda step: None))
+    assert "going on at step 2 of 4" in sana("train", path).err
+
+
+def test_a_signal_in_the_last_step_still_stops_before_the_next_recipe(
+    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write("recipes/toy/a.toml"), write("recipes/toy/b.toml")
+    stop = staticmethod(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
+    monkeypatch.setattr(FakeTrainer, "at_step", stop)
+    said = sana("train", *paths)
+    assert said.code == 130
+    assert "a is finished. To go on" in said.err
+    assert Path("runs/toy/a/export").is_dir()
+    assert len(trainers) == 1
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with stop_requests() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_overrides_are_taken_out_of_the_command_line() -> None:
+    words = ["a.toml", "--run.steps", "3", "-q", "--flow_matching.shift=2.5", "--run.log-every", "-1"]
+    rest, overrides = split_overrides(words)
+    assert rest == ["a.toml", "-q"]
+    assert overrides == {"run.steps": "3", "flow_matching.shift": "2.5", "run.log_every": "-1"}
+    with pytest.raises(InvalidInput, match=r"--run\.steps needs a value"):
+        split_overrides(["--run.steps"])
+
+
+def test_an_override_reaches_the_recipes_it_concerns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = write("a.toml")
+    two = write("b.toml", RECIPE.replace('"autoencoder"', '"flow_matching"'))
+    stages = plan([one, two], {"run.steps": "9", "autoencoder.thing_weight": "2.0"}, None)
+    assert [stage.recipe.run.steps for stage in stages] == [9, 9]
+    assert [dict(stage.recipe.settings) for stage in stages] == [{"thing_weight": 2.0}, {}]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ((), 2, "Which recipe?"),
+        (("nowhere.toml",), 3, "There is no recipe at 'nowhere.toml'."),
+        (("a.toml", "nowhere.toml"), 3, "There is no recipe at 'nowhere.toml'."),
+        (("a.toml", "a.toml"), 2, "Two of the recipes would be trained in"),
+        (("a.toml", "--run.stps", "3"), 2, "run has no setting 'stps'. Did you mean 'steps'?"),
+        (("a.toml", "--rum.steps", "3"), 2, "unknown table [rum]. Did you mean 'run'?"),
+        (("a.toml", "--run.steps", "0"), 2, "run.steps must be at least 1"),
+        (("a.toml", "--run.steps"), 2, "--run.steps needs a value."),
+        (("a.toml", "--steps", "3"), 2, "There is no option --steps."),
+    ],
+)
+def test_nothing_is_trained_when_something_is_wrong(
+    sana: Sana, trainers: list[FakeTrainer], words: tuple[str, ...], code: int, sentence: str
+) -> None:
+    write("a.toml")
+    said = sana("train", *words)
+    assert said.code == code
+    assert sentence in said.err
+    assert said.out == ""
+    assert trainers == []
+    assert not Path("runs").exists()
+
+
+def test_a_real_recipe_end_to_end(sana: Sana) -> None:
+    from sana import AutoencoderDC
+
+    said = sana("train", write("recipes/toy/small.toml", SMALL), "--json")
+    assert said.code == 0, said.err
+    stage = json.loads(said.out)["stages"][0]
+    assert AutoencoderDC.from_pretrained(stage["export"]).config.latent_channels == 8
+    assert "held out:" in said.err
+
+
+def test_evaluate_prints_the_table_and_writes_the_report(sana: Sana, tiny_folder: Path) -> None:
+    measure = ("evaluate", "autoencoder", "-m", str(tiny_folder), "--scenes", "4", "--batch-size", "2")
+    said = sana(*measure, "-o", "a.json", "--sheet", "a.png")
+    assert said.code == 0, said.err
+    assert "| restored pictures |" in said.out
+    assert " 50 % · autoencoder · 2/4 pictures" in said.err
+    assert json.loads(Path("a.json").read_text())["metric"] == "autoencoder"
+    assert Path("a.png").exists()
+    refused = sana(*measure, "-o", "a.json")
+    assert refused.code == 2
+    assert "a.json exists already" in refused.err
+    document = json.loads(sana(*measure, "--json", "-q").out)
+    assert document["metric"] == "autoencoder"
+    assert document["files"] == []
+
+
+def test_a_metric_loads_only_what_it_needs(tiny_folder: Path) -> None:
+    parts, seconds = Machine(model=str(tiny_folder)).load(Terminal(quiet=True), ("vae",))
+    assert (parts.text_encoder, parts.transformer, parts.tokenizer) == (None, None, None)
+    assert parts.vae is not None
+    assert seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        ((), 2, "One of: geneval, autoencoder."),
+        (("genval",), 2, "There is no metric 'genval'. Did you mean 'geneval'?"),
+        (("geneval", "x"), 2, "one thing at a time"),
+        (("geneval", "--seed", "x"), 2, "--seed takes a whole number"),
+        (("geneval", "-m", "sana-2"), 3, "There is no model 'sana-2'."),
+        (("geneval", "-o", "a.txt"), 2, "a.txt does not end in .json"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be(sana: Sana, words: tuple[str, ...], code: int, sentence: str) -> None:
+    said = sana("evaluate", *words)
+    assert said.code == code
+    assert sentence in said.err
