@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from sana.cards import CARDS
 from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
@@ -94,3 +95,14 @@ def test_the_pipeline_bins_to_256_and_resizes_to_what_is_asked() -> None:
     image = pipe("a red fish", num_inference_steps=2, callback_on_step_end=look).images[0]
     assert image.size == (1024, 1024)
     assert set(shapes) == {(1, 32, 8, 8)}
+
+
+@pytest.mark.slow
+def test_its_tokenizer_is_what_the_recipe_trains() -> None:
+    from sana.training.tokenizer import train_tokenizer
+
+    shipped = Tokenizer.from_file(str(FOLDER / "tokenizer" / "tokenizer.json"))
+    trained = train_tokenizer(1024, 0)
+    assert trained.get_vocab() == shipped.get_vocab()
+    text = "a red 🐟 above a 黄色 boat, ñandú"
+    assert trained.encode(text).ids == shipped.encode(text).ids

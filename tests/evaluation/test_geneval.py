@@ -159,6 +159,22 @@ def test_the_report_is_a_table_json_and_a_sheet(perfect: GenevalReport) -> None:
     assert sheet.height > 6 * 168
 
 
+def test_the_sheet_shows_the_first_picture_of_each_prompt(pictures: dict[str, Picture]) -> None:
+    blank = np.full((SIZE, SIZE, 3), 240, np.uint8)
+
+    def sheet(images: int, blank_from: int, batch_size: int) -> Picture:
+        def draw(prompts: list[str], seeds: list[int]) -> list[Picture]:
+            return [pictures[p] if seed < blank_from else blank for p, seed in zip(prompts, seeds, strict=True)]
+
+        drawn = evaluate(draw, prompts=8, images=images, batch_size=batch_size).sheet
+        assert drawn is not None
+        # Without the headings, which hold the score.
+        return np.asarray(drawn)[60:250]
+
+    assert np.array_equal(sheet(1, 1, 5), sheet(3, 1, 7))
+    assert not np.array_equal(sheet(1, 1, 5), sheet(1, 0, 5))
+
+
 def test_two_runs_give_the_same_report(perfect: GenevalReport, pictures: dict[str, Picture]) -> None:
     def draw(prompts: list[str], seeds: list[int]) -> list[Picture]:
         return [pictures[prompt] for prompt in prompts]

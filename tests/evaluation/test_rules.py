@@ -50,8 +50,8 @@ def test_45_degrees_satisfy_two_relations(x: int, y: int) -> None:
 
 def test_an_offset_within_a_tenth_of_both_sizes_does_not_count() -> None:
     assert relations(Box((9.99, 0), (40, 40)), Box((0, 0), (60, 60))) == set()
-    # 25 - 10 = 15, over the whole length of 25: 0.6 > 0.5. And 19 - 10 = 9, over 19: 0.47.
-    assert relations(Box((25, 0), (40, 40)), Box((0, 0), (60, 60))) == {"right"}
+    # 20.5 - 10 = 10.5, over the whole length of 20.5: 0.51 > 0.5. And 19 - 10 = 9, over 19: 0.47.
+    assert relations(Box((20.5, 0), (40, 40)), Box((0, 0), (60, 60))) == {"right"}
     assert relations(Box((19, 0), (40, 40)), Box((0, 0), (60, 60))) == set()
     # Widths shorten x only, heights y only.
     assert relations(Box((0, 19), (40, 0)), Box((0, 0), (60, 0))) == {"below"}

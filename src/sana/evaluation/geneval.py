@@ -120,16 +120,14 @@ def evaluate(
     jobs = [(prompt.text, seed + image) for prompt in asked for image in range(images)]
     found: list[list[Detection]] = []
     samples: dict[int, Picture] = {}
-    wanted = set(_sampled(asked, prompts))
+    shown = {index * images: index for index in _sampled(asked, prompts)}
     for first in range(0, len(jobs), batch_size):
         texts, seeds = zip(*jobs[first : first + batch_size], strict=True)
         pictures = list(draw(list(texts), list(seeds)))
         if len(pictures) != len(texts):
             raise InvalidInput(f"{len(pictures)} pictures were drawn for {len(texts)} prompts. Draw one for each.")
         found += map(detect, pictures)
-        samples.update(
-            {i // images: p for i, p in enumerate(pictures, first) if not i % images and i // images in wanted}
-        )
+        samples.update({shown[job]: one for job, one in enumerate(pictures, first) if job in shown})
         if progress is not None:
             progress(len(found), len(jobs))
     groups = [found[start : start + images] for start in range(0, len(found), images)]

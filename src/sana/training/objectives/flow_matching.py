@@ -11,6 +11,7 @@ world's labels): it tells the network early which words belong where, and is thr
 import contextlib
 import functools
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,6 +248,8 @@ class FlowMatchingObjective:
             "vae": AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float16),
         }
         save_parts(folder, parts)
+        # The library adds facts of this machine to the file; the one that was trained with says all.
+        shutil.copy(self.store.text / "tokenizer" / "tokenizer_config.json", folder / "tokenizer")
         if self.settings.card:
             index = folder / MODEL_INDEX
             write_json(index, {**read_json(index), CARD_KEY: self.settings.card})
