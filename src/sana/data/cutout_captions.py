@@ -166,12 +166,11 @@ def _sentence(phrases: list[Phrase], relation: Relation | None, frame: Language,
     if frame == "zh":
         return [first, "在", second, "的" + rng.choice(RELATIONS_ZH[relation])]
     if rng.random() < 0.12:
-        pronoun = "it" if " " in second.words else "them"
         return [
             second,
             " with ",
             first,
-            f" {RELATIONS_EN[relation][-2 if relation in ('left', 'right') else 0]} {pronoun}",
+            f" {RELATIONS_EN[relation][-2 if relation in ('left', 'right') else 0]} it",
         ]
     return [first, f" {rng.choice(RELATIONS_EN[relation])} ", second]
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana.checkpoints.pretrained import AutoencoderDC
+from sana.checkpoints.text_parts import load_text_encoder, load_tokenizer
 from sana.data import cutouts
 from sana.data.cutout_captions import caption
 from sana.errors import CheckpointError
@@ -56,11 +57,8 @@ class Features:
 
 def load_text(folder: Path) -> tuple[Any, Any]:
     """Tokenizer and text encoder (float32) that lie in `folder`."""
-    from transformers import AutoTokenizer, Gemma2Model
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    encoder = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.float32, local_files_only=True)
-    return tokenizer, encoder.eval()
+    tokenizer = load_tokenizer(folder / "tokenizer", "GemmaTokenizer")
+    return tokenizer, load_text_encoder(folder / "text_encoder", "Gemma2Model", dtype=torch.float32)
 
 
 def fingerprint(folder: Path, prefix: str = "") -> str:

@@ -167,8 +167,7 @@ class Trainer:
         return figures
 
     def steps(self) -> Iterator[TrainStep]:
-        """Train to the end, yielding one report a step; closing the generator saves first.
-        """
+        """Train to the end, yielding one report a step; closing the generator saves first."""
         try:
             while self.step < self.run.steps:
                 began = time.perf_counter()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana.checkpoints.text_parts import no_progress_bars
 from sana.data import cutouts
 from sana.data.cutout_captions import Caption, caption
 from sana.data.cutout_shapes import KINDS
@@ -243,7 +244,8 @@ class LanguageModelObjective:
         """Write `text_encoder` (half precision) and `tokenizer`."""
         model: Any = self.module.model
         kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.to(torch.float16).save_pretrained(folder / "text_encoder")
+        with no_progress_bars():
+            model.to(torch.float16).save_pretrained(folder / "text_encoder")
         model.to(torch.float32).load_state_dict(kept)
         save_tokenizer(self.tokenizer, folder / "tokenizer")
 
