@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # read by the hub library when it is imported; no test may reach the network
+# Read by the hub library when it is imported; no test may reach the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read by torch when it is imported. On models this small a second thread only waits, and on a busy machine it spins.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

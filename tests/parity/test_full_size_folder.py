@@ -3,6 +3,7 @@
 Sharded, in a variant, loaded by both and drawn by both, then drawn by the command. About 7 GB on disk while it runs.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def test_python_and_the_command_draw_with_it_what_the_reference_draws(folder: Pa
 
     import sana
 
+    torch.set_num_threads(os.cpu_count() or 1)
     shards = list((folder / "text_encoder").glob("model.bf16-*-of-*.safetensors"))
     assert len(shards) >= 5
     options = {

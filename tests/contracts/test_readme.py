@@ -1,0 +1,55 @@
+"""The README's commands are run as they stand, but for what would take minutes, which is made smaller here."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sana.apps.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {"evaluate": ["--prompts", "1", "--images", "1", "--steps", "1"]}
+NOT_HERE = {
+    "train": "rebuilds the model in two hours; tests/training runs its stages small",
+    "-m": "needs the hub; tests/checkpoints runs it against a hub of its own",
+}
+
+
+def commands() -> Iterator[list[str]]:
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["sana"]:
+                yield words[1:]
+
+
+def test_every_command_of_the_readme_works_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = 0
+    for words in commands():
+        if any(word in NOT_HERE for word in words):
+            continue
+        assert main([*words, *SMALLER.get(words[0], [])]) == 0, (words, capsys.readouterr().err)
+        ran += 1
+    assert ran >= 6
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+
+
+def test_the_readmes_python_draws_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "fish.png").stat().st_size > 1000
+
+
+def test_what_the_readme_names_exists() -> None:
+    for path in re.findall(r"`((?:recipes|src|tests)/[\w/.*-]+)`", README) + re.findall(r"\]\((\S+\.png)\)", README):
+        assert list(ROOT.glob(path)), path
+    for module in re.findall(r"`((?:apps|engine|text|flow|models)/[\w/]+\.py)`", README):
+        assert (ROOT / "src" / "sana" / module).is_file(), module
+    assert len(re.findall(r"^python3 -m venv", README, flags=re.MULTILINE)) == 2
