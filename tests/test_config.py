@@ -1,11 +1,13 @@
 """The configurations: defaults, reading, writing, refusing."""
 
+import inspect
 import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
+import diffusers
 import pytest
 
 from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
@@ -34,9 +36,6 @@ def test_controlnet_has_the_transformers_first_fields() -> None:
 
 @pytest.mark.parametrize("oracle_name", ["SanaTransformer2DModel", "AutoencoderDC", "SanaControlNetModel"])
 def test_fields_and_defaults_are_the_documented_ones(oracle_name: str) -> None:
-    import inspect
-
-    diffusers = pytest.importorskip("diffusers")
     ours = dict(zip(("SanaTransformer2DModel", "SanaControlNetModel", "AutoencoderDC"), CONFIGS, strict=True))
     parameters = inspect.signature(getattr(diffusers, oracle_name).__init__).parameters
     expected = {name: p.default for name, p in parameters.items() if name != "self"}

@@ -309,3 +309,80 @@ def test_the_flags_are_the_fields_of_the_request(sana: Sana) -> None:
     for one in dataclasses.fields(Request):
         assert one.name == "prompt" or f"--{one.name.replace('_', '-')}" in text
     assert "Number of denoising steps; more steps take longer" in text
+
+
+def only_variants(tiny_folder: Path, target: Path, *kept: str) -> Path:
+    """Copy the tiny model without its plain weights, and with these variants only."""
+    import shutil
+
+    shutil.copytree(tiny_folder, target)
+    for file in target.rglob("*.safetensors*"):
+        if not any(f".{name}" in file.name for name in kept):
+            file.unlink()
+    return target
+
+
+def test_a_folder_with_one_variant_only_is_loaded_with_it(sana: Sana, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = only_variants(tiny_folder, tmp_path / "half", "bf16")
+    said = sana("a fox", "-m", str(folder), "--seed", "5", "--steps", "1", "-o", "a.png")
+    assert said.code == 0, said.err
+    assert f"warning: {folder} has no plain weights; its variant bf16 is loaded." in said.err
+    assert "· 1 step · cpu" in said.err
+
+
+def test_sharded_weights_of_one_variant_are_found(tiny_parts: Any, sana: Sana, tmp_path: Path) -> None:
+    from sana import SanaPipeline
+
+    SanaPipeline(**tiny_parts.components).save_pretrained(tmp_path / "cut", variant="bf16", max_shard_size=40_000)
+    assert list((tmp_path / "cut" / "transformer").glob("diffusion_pytorch_model.bf16-00001-of-*.safetensors"))
+    assert sana("a fox", "-m", "cut", "--steps", "1").code == 0
+
+
+def test_several_variants_without_plain_weights_are_named(sana: Sana, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = only_variants(tiny_folder, tmp_path / "half", "bf16", "fp16")
+    said = sana("a fox", "-m", str(folder))
+    assert said.code == 3
+    assert "no plain weights but the variants bf16, fp16" in said.err
+
+
+@pytest.mark.parametrize("guidance", ["0", "0.5"])
+def test_guidance_that_changes_nothing_is_refused(sana: Sana, no_loading: None, guidance: str) -> None:
+    said = sana("x", "--cfg", guidance, "--size", "256")
+    assert said.code == 2
+    assert "--guidance below 1 draws the same picture as 1" in said.err
+
+
+def test_a_negative_seed_is_told_what_minus_one_means(sana: Sana, no_loading: None) -> None:
+    said = sana("x", "--size", "256", "--seed=-5")
+    assert said.code == 2
+    assert "or -1, which draws a random seed as 'random' does" in said.err
+
+
+def test_a_folder_with_the_card_of_nano_is_not_the_built_in_model(sana: Sana, tmp_path: Path) -> None:
+    import shutil
+
+    import sana as package
+
+    asset = Path(package.__file__).parent / "assets" / "nano"
+    shutil.copytree(asset, tmp_path / "mine")
+    said = sana("a fox", "-m", "mine", "--seed", "5", "--steps", "1", "-o", "a.png")
+    assert said.code == 0, said.err
+    assert "built-in" not in said.err
+    assert "mine has the architecture and the limits of nano" in said.err
+    assert "a toy that shows" in said.err
+    record = read_metadata("a.png").record
+    assert record is not None
+    assert (record["model"]["name"], record["model"]["source"]) == ("mine", str(tmp_path / "mine"))
+    assert f"--model {tmp_path / 'mine'} " in sana("info", "a.png").out
+    assert "draws 256 x 256 only" in sana("a fox", "-m", "mine", "--size", "512").err
+
+
+def test_the_folder_of_the_package_is_the_built_in_model_however_it_is_named(sana: Sana) -> None:
+    import sana as package
+
+    said = sana("a fox", "-m", str(Path(package.__file__).parent / "assets" / "nano"), "--steps", "1", "-o", "a.png")
+    assert "nano is the built-in model" in said.err
+    record = read_metadata("a.png").record
+    assert record is not None
+    assert (record["model"]["name"], record["model"].get("source")) == ("nano", None)
+    assert "--model" not in sana("info", "a.png").out

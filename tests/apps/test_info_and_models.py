@@ -137,3 +137,28 @@ def test_models_as_json(sana: Sana) -> None:
 )
 def test_numbers_of_parameters(params: int, text: str) -> None:
     assert millions(params) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtypes", "flag"),
+    [
+        ("nano", "cpu", ("float32", "float32", "float32"), None),
+        ("nano", "cpu", ("bfloat16", "bfloat16", "bfloat16"), "bfloat16"),
+        ("nano", "cpu", ("float16", "bfloat16", "bfloat16"), "float16"),
+        ("sana-1.6b-512", "cpu", ("float32", "bfloat16", "float32"), None),
+        ("sana-1.6b-512", "cpu", ("float32", "float32", "float32"), "float32"),
+        ("mine", "cpu", ("float32", "bfloat16", "float32"), None),
+    ],
+)
+def test_the_way_back_names_the_precision_if_auto_would_not_give_it(
+    name: str, device: str, dtypes: tuple[str, ...], flag: str | None
+) -> None:
+    from sana.apps.cli.info import _dtype
+
+    keys = ("transformer_dtype", "text_encoder_dtype", "vae_dtype")
+    assert _dtype({"name": name, "device": device, **dict(zip(keys, dtypes, strict=True))}) == flag
+
+
+def test_the_way_back_has_the_precision_and_no_guidance_that_is_refused() -> None:
+    line = command(Request(prompt="a fox", guidance=0.5), "nano", "bfloat16")
+    assert line == "sana 'a fox' --dtype bfloat16 --guidance 1.0"

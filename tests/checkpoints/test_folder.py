@@ -163,10 +163,23 @@ def test_stored_dtypes(made: dict[str, Any], tmp_path: Path) -> None:
     half = {name: parts()[name].to(F16) for name in MODELS}
     save_parts(tmp_path, {**made, **half})
     assert [load_parts(tmp_path, torch_dtype="auto")[name].dtype for name in MODELS] == [BF16, BF16, F16]
-    assert [load_parts(tmp_path, torch_dtype={"vae": "auto"})[name].dtype for name in MODELS] == [BF16, F16, F32]
-    assert load_parts(tmp_path, only=("text_encoder",))["text_encoder"].dtype == BF16
+    assert [load_parts(tmp_path, torch_dtype={"vae": "auto"})[name].dtype for name in MODELS] == [F32, F16, F32]
     save_parts(tmp_path, {**made, "text_encoder": parts()["text_encoder"].to(BF16)})
     assert load_parts(tmp_path, only=("text_encoder",))["text_encoder"].dtype == BF16, "as the reference reads it"
+
+
+def test_half_precision_files_are_read_as_float32_without_a_word(
+    made: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_parts(tmp_path, {**made, **{name: parts()[name].to(F16) for name in MODELS}})
+    with caplog.at_level(logging.WARNING, "sana"):
+        for choice in (None, {"transformer": F32}):
+            loaded = load_parts(tmp_path, torch_dtype=choice)
+            assert [loaded[name].dtype for name in MODELS] == [F32, F32, F32]
+    assert caplog.records == []
+    known, variants = module.COMPONENTS, {"text_encoder": None}
+    assert module.part_dtypes(tmp_path, None, variants, known, device="cuda") == {"text_encoder": BF16}
+    assert len(caplog.records) == 1
 
 
 def test_wrong_dtypes(whole: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tiny_pipeline import AUTOENCODER, FILE, INDEX, TRANSFORMER, autoencoder, load, same, stir, transformer
@@ -244,7 +245,6 @@ def test_slicing_and_tiling_of_the_autoencoder() -> None:
 
 
 def test_tiling_is_the_reference_s(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
     model = autoencoder()
     oracle = diffusers.AutoencoderDC(**AUTOENCODER).eval()
     oracle.load_state_dict(model.state_dict())

@@ -1,6 +1,5 @@
 """Start-up is part of the product: the package and its `--help` must not load the heavy libraries."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +41,6 @@ def test_the_check_can_fail() -> None:
     assert "torch" in loaded_by("from sana import load_image")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sana.apps.cli") is None, reason="the command is not part of this tree yet"
-)
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
 def test_help_loads_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (

@@ -1,5 +1,7 @@
 """The built-in model: its size, its layout, and that its pictures show what the prompt says."""
 
+import json
+import logging
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -9,12 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from sana import SanaPipeline
 from sana.cards import CARDS
 from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
 from sana.engine.generate import generate_images
 from sana.engine.parts import Parts, load
 from sana.engine.request import Request
 from sana.errors import InvalidInput
+from sana.evaluation import runner
 from sana.evaluation.detector import detect
 
 FOLDER = Path(str(files("sana") / "assets" / "nano"))
@@ -31,6 +35,13 @@ def test_it_is_small_and_in_half_precision() -> None:
     assert sum(sizes.values()) < 45 * MEGABYTE
     weights = SanaTransformer2DModel.from_pretrained(FOLDER / "transformer", torch_dtype="auto")
     assert {p.dtype for p in weights.parameters()} == {torch.float16}
+
+
+def test_it_is_read_in_float32_on_a_cpu_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sana"):
+        for loaded in (load("nano", device="cpu"), SanaPipeline.from_pretrained("nano")):
+            assert {part.dtype for part in (loaded.text_encoder, loaded.vae, loaded.transformer)} == {torch.float32}
+    assert caplog.records == []
 
 
 def test_the_card_describes_the_files() -> None:
@@ -82,8 +93,6 @@ def test_sizes_it_was_not_trained_for_are_refused(nano: Parts) -> None:
 
 
 def test_the_pipeline_bins_to_256_and_resizes_to_what_is_asked() -> None:
-    from sana import SanaPipeline
-
     pipe = SanaPipeline.from_pretrained("nano")
     pipe.set_progress_bar_config(disable=True)
     shapes = []
@@ -106,3 +115,32 @@ def test_its_tokenizer_is_what_the_recipe_trains() -> None:
     assert trained.get_vocab() == shipped.get_vocab()
     text = "a red 🐟 above a 黄色 boat, ñandú"
     assert trained.encode(text).ids == shipped.encode(text).ids
+
+
+def test_the_readmes_table_is_the_report_that_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    scores = json.loads((root / "recipes" / "nano" / "reports" / "geneval.json").read_text(encoding="utf-8"))["scores"]
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in (root / "README.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("|")
+        )
+    }
+    assert len(scores) == 7
+    for task, score in scores.items():
+        share = score["score"]["share"]
+        assert rows[task][0].startswith(f"{share:.2f} ± "), task
+        assert share >= (0.65 if task == "overall" else 0.40)
+
+
+@pytest.mark.slow
+def test_the_shipped_weights_still_reach_the_gates(nano: Parts) -> None:
+    report = runner.run("geneval", nano, runner.Settings(prompts=12, images=2, batch_size=16)).to_dict()["scores"]
+    shares = {task: score["score"]["share"] for task, score in report.items()}
+    assert shares.pop("overall") >= 0.65
+    assert min(shares.values()) >= 0.40, shares
+    restored = runner.run("autoencoder", nano, runner.Settings(scenes=64)).to_dict()
+    assert restored["psnr"] >= 33
+    assert restored["read_right"]["share"] >= 0.95

@@ -21,6 +21,7 @@ def test_recommended_dtypes_are_the_cards_but_exact_on_a_cpu() -> None:
     on_cpu = {"transformer": "float32", "vae": "float32", "text_encoder": "bfloat16"}
     assert recommended_dtypes(card, torch.device("cpu")) == on_cpu
     assert recommended_dtypes(None, torch.device("cuda")) == {"default": "auto"}
+    assert recommended_dtypes(None, torch.device("cpu")) is None
 
 
 def test_load_takes_the_recommended_dtypes(tiny_folder: Path) -> None:

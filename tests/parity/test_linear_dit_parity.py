@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 from sana.cards import CARDS
 from sana.config import TransformerConfig
 from sana.models.linear_dit import LinearDiT
-
-diffusers = pytest.importorskip("diffusers")
 
 SMALL: dict[str, Any] = {
     "in_channels": 4,

@@ -169,6 +169,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"generator": [seeded(), seeded()]},
         "You have passed a list of generators of length 2, but requested an effective batch size of 1. Make sure",
     ),
+    ({"generator": 7}, "`generator` has to be a `torch.Generator` or a list of them but is 7."),
+    ({"generator": [7]}, "`generator` has to be a `torch.Generator` or a list of them but is [7]."),
     ({"latents": torch.zeros(1, 4, 9, 9)}, "`latents` has shape (1, 4, 9, 9) but this call needs (1, 4, 2, 3)"),
     ({"latents": torch.zeros(2, 4, 2, 3)}, "this call needs (1, 4, 2, 3)"),
     ({"num_inference_steps": 0}, "`num_inference_steps` has to be a whole number of at least 1"),
@@ -261,6 +263,20 @@ def test_text_parts_alone_encode(pipe: SanaPipeline) -> None:
     alone = other(pipe, vae=None, transformer=None, scheduler=None)
     assert torch.equal(alone.encode_prompt("a fox")[0], pipe.encode_prompt("a fox")[0])
     assert alone.vae_scale_factor == 32
+
+
+def test_encode_prompt_checks_its_text_like_a_call(pipe: SanaPipeline) -> None:
+    words = re.escape("`negative_prompt` has 1 entries but there are 2 prompts")
+    for encode in (pipe, pipe.encode_prompt):
+        with pytest.raises(InvalidInput, match=words):
+            encode(["a", "b"], negative_prompt=["x"])
+
+
+def test_encode_prompt_takes_none_as_the_empty_negative_prompt(pipe: SanaPipeline) -> None:
+    for ours, empty in zip(
+        pipe.encode_prompt("a fox", negative_prompt=None), pipe.encode_prompt("a fox", negative_prompt=""), strict=True
+    ):
+        assert torch.equal(ours, empty)
 
 
 # What is accepted with a warning

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sana.errors import InvalidInput, NonFinite
-from sana.text.gemma import PromptEncoder, TextCondition, pad, safe_dtype
+from sana.text.gemma import PromptEncoder, TextCondition, pad
 from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 
 RMS_GATE = 1e-6
@@ -365,14 +365,6 @@ def test_pad_refuses_to_cut() -> None:
     assert pad(condition, 6).mask.tolist() == [[1, 1, 1, 1, 0, 0]]
     with pytest.raises(InvalidInput, match="4 tokens, more than 3"):
         pad(condition, 3)
-
-
-def test_safe_dtype() -> None:
-    assert safe_dtype(torch.float16, "cpu") == torch.float32
-    assert safe_dtype(torch.float16, torch.device("cuda", 0)) == torch.bfloat16
-    assert safe_dtype(torch.float16, "cuda", explicit=True) == torch.float16
-    assert safe_dtype(torch.bfloat16, "cpu") == torch.bfloat16
-    assert safe_dtype(torch.float32, "cuda") == torch.float32
 
 
 def test_importing_the_package_does_not_import_transformers() -> None:

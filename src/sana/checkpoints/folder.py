@@ -18,11 +18,12 @@ from sana.flow.scheduler_base import Face
 DtypeChoice = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 """A dtype, its name, "auto" (as stored), or a mapping from part names and "default" to these.
 
-None means float32, and for the text encoder as stored, as in the reference.
+None means float32, and for the text encoder as stored, as in the reference, but never float16.
 """
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
-_NO_FLOAT16 = ("text_encoder", "vae")
+NO_FLOAT16 = ("text_encoder", "vae")
+"""The parts whose activations overflow in float16."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +62,7 @@ def load_parts(
     # Absent files show before any is read, those of our own models first: callers know the wording of that message.
     for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
         find_weights(root / name, part_of(name), variants[name], use_safetensors)
-    dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors)
+    dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors, device)
     parts: dict[str, Any] = {name: components.get(name) for name in known}
     for name, class_name in classes.items():
         part_folder, part_variant = root / name, variants.get(name)
@@ -98,11 +99,12 @@ def part_dtypes(
     variants: Mapping[str, str | None],
     known: Iterable[str],
     use_safetensors: bool | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.dtype]:
     """Choose the dtype of each part in `variants`.
 
     Text encoder and autoencoder overflow in float16. Unless float16 is asked for by their own name they get bfloat16
-    instead, and one warning is logged.
+    instead, and one warning is logged. A part stored in float16 that no dtype was asked for gets float32 on a CPU.
     Errors: InvalidInput for an unknown dtype, or a part name that is not in `known`.
     """
     named = choice if isinstance(choice, Mapping) else {"default": choice}
@@ -118,7 +120,11 @@ def part_dtypes(
             chosen[name] = stored_dtype(inspect(find_weights(root / name, part_of(name), variant, use_safetensors)))
         else:
             chosen[name] = as_dtype(wanted) or torch.float32
-        if chosen[name] == torch.float16 and name in _NO_FLOAT16 and name not in named:
+        if chosen[name] != torch.float16 or name not in NO_FLOAT16 or name in named:
+            continue
+        if wanted is None and torch.device(device).type == "cpu":
+            chosen[name] = torch.float32
+        else:
             chosen[name] = torch.bfloat16
             softened.append(name)
     if softened:

@@ -113,15 +113,24 @@ def locate(
     return Located(folder=folder, variant=wanted.variant, card=card, commit=folder.name)
 
 
+def is_built_in(folder: Path, card: Card) -> bool:
+    """Tell whether a folder is the one in the package that holds the model of a card, not just one that names it."""
+    return card.folder is not None and folder.resolve() == _asset(card).resolve()
+
+
 def _card_of(name: str) -> Card | None:
     return CARDS.get(name) or next((card for card in CARDS.values() if name == card.hub_id), None)
 
 
 def _built_in(card: Card) -> Path:
-    folder = Path(str(importlib.resources.files("sana"))) / "assets" / str(card.folder)
+    folder = _asset(card)
     if not folder.is_dir():
         raise ModelNotFound(f"The built-in model '{card.name}' is not part of this installation: install it again.")
     return folder
+
+
+def _asset(card: Card) -> Path:
+    return Path(str(importlib.resources.files("sana"))) / "assets" / str(card.folder)
 
 
 def _unknown(name: str | Path) -> ModelNotFound:

@@ -134,6 +134,24 @@ def part_variants(folder: Path, parts: Iterable[str], variant: str | None) -> di
     return chosen
 
 
+def sole_variant(folder: Path, parts: Iterable[str]) -> str | None:
+    """Return the one variant that all parts without plain weights have, or None where plain weights will do.
+
+    Errors: CheckpointError when several variants would do, naming them.
+    """
+    common: set[str] | None = None
+    for name in parts:
+        part, names = part_of(name), _names(folder / name)
+        if part.stem is None or not names.isdisjoint(part.names(None, "safetensors")):
+            continue
+        found = set(_variants({file for file in names if ".safetensors" in file}, part))
+        common = found if common is None else common & found
+    if common and len(common) > 1:
+        several = f"no plain weights but the variants {', '.join(sorted(common))}"
+        raise CheckpointError(f"{folder} has {several}: keep one of them in a folder of its own, and name that one.")
+    return common.pop() if common else None
+
+
 def missing_files(
     folder: Path,
     parts: Sequence[str] | None,

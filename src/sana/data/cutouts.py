@@ -24,6 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from sana.data.cutout_shapes import KINDS, Shape
 
 SIZE = 256
+WORLD = 1
+"""Version of shapes, scenes and captions; raised when a seed no longer gives the same ones."""
 SUPERSAMPLE = 4
 SHADOW_OFFSET = (3, 4)
 SHADOW_OPACITY = 0.22

@@ -46,7 +46,7 @@ class Metadata:
     """Whether the file is labelled as made by a trained model."""
 
     def request(self) -> Request:
-        """Return the request that makes this very picture again.
+        """Return the request of this picture; the same model, dtypes and device draw the same, but for rounding.
 
         Raises:
             InvalidInput: the file has no record of ours, or one of a newer version.

@@ -13,6 +13,7 @@ import sana
 from sana.cards import CARDS, Card
 from sana.checkpoints import hub
 from sana.checkpoints.folder import COMPONENTS, DtypeChoice, load_parts
+from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.layout import MODEL_INDEX, read_json
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 from sana.text.gemma import PromptEncoder
@@ -166,13 +167,22 @@ def load(
         device=place,
         **components,
     )
-    plain = str(model) if located.commit is not None else located.folder.resolve().name
     return Parts(
         **{part: loaded.get(part) for part in COMPONENTS},
         card=fitting(card, loaded["transformer"]),
-        name=plain if card is None else card.name,
+        name=_name(located, str(model), card),
         commit=located.commit,
     )
+
+
+def _name(located: Located, model: str, card: Card | None) -> str:
+    """Return what a model is called: a card's name only for the very model of the card, not for one that follows it."""
+    if located.commit is not None:
+        return located.card.name if located.card is not None else model
+    if card is not None and is_built_in(located.folder, card):
+        return card.name
+    folder = located.folder.resolve()
+    return folder.name if folder.name not in CARDS else f"{folder.parent.name}/{folder.name}"
 
 
 def pick_device(device: torch.device | str) -> torch.device:
@@ -195,10 +205,10 @@ def pick_device(device: torch.device | str) -> torch.device:
 
 def recommended_dtypes(card: Card | None, device: torch.device) -> DtypeChoice:
     """Return the dtype of each part: the card's, or as stored without one; float32 for the two big loops on a CPU."""
-    dtypes = dict(card.dtypes) if card is not None else {"default": "auto"}
-    if device.type == "cpu":
-        dtypes |= {"transformer": "float32", "vae": "float32"}
-    return dtypes
+    on_cpu = device.type == "cpu"
+    if card is None:
+        return None if on_cpu else {"default": "auto"}
+    return {**card.dtypes, "transformer": "float32", "vae": "float32"} if on_cpu else dict(card.dtypes)
 
 
 def card_in(folder: Path) -> Card | None:

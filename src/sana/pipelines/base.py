@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from sana.checkpoints.folder import COMPONENTS, DtypeChoice, save_parts
+from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, DtypeChoice, save_parts
 from sana.checkpoints.layout import MODEL_INDEX, read_json
 from sana.checkpoints.weights import write_json
 from sana.engine.parts import CARD_KEY, Parts, load, pick_device
@@ -14,7 +14,6 @@ from sana.errors import InvalidInput, did_you_mean
 
 _log = logging.getLogger(__name__)
 
-_OVERFLOW_IN_FLOAT16 = ("text_encoder", "vae")
 _WITHOUT_EFFECT = ("low_cpu_mem_usage",)
 """Documented arguments of `from_pretrained` that ask for what is always done here."""
 
@@ -172,14 +171,17 @@ class Pipeline:
             else:
                 device = place
         target = None if device is None else pick_device(f"cuda:{device}" if isinstance(device, int) else device)
+        softened: list[str] = []
         for name in ("text_encoder", "vae", "transformer"):
             part = getattr(self, name)
             if part is None:
                 continue
-            softened = dtype == torch.float16 and name in _OVERFLOW_IN_FLOAT16
-            part.to(device=target, dtype=torch.bfloat16 if softened else dtype)
-            if softened and not silence_dtype_warnings:
-                _log.warning("%s: cast to bfloat16 because float16 overflows there", name)
+            overflows = dtype == torch.float16 and name in NO_FLOAT16
+            part.to(device=target, dtype=torch.bfloat16 if overflows else dtype)
+            if overflows:
+                softened.append(name)
+        if softened and not silence_dtype_warnings:
+            _log.warning("%s: cast to bfloat16 because float16 overflows there", " and ".join(softened))
         return self
 
     def enable_vae_slicing(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sana.errors import InvalidInput
 
@@ -152,13 +152,19 @@ def check_numbers(num_inference_steps: Any, guidance_scale: Any, num_images_per_
 
 
 def check_start(generator: Any, latents: Tensor | None, expected: tuple[int, int, int, int]) -> None:
-    """Raise InvalidInput for start latents of another shape, and for a list of generators of another length."""
+    """Raise InvalidInput for start latents of another shape, and for generators of another type or number."""
+    for one in generator if isinstance(generator, list | tuple) else [generator]:
+        if not isinstance(one, Generator) and generator is not None:
+            raise InvalidInput(
+                f"`generator` has to be a `torch.Generator` or a list of them but is {generator!r}. For a seed write"
+                " `torch.Generator().manual_seed(seed)`."
+            )
     if latents is not None and tuple(latents.shape) != expected:
         raise InvalidInput(
             f"`latents` has shape {tuple(latents.shape)} but this call needs {expected}. Give one row per image and the"
             " size of the drawn picture divided by 32; with resolution binning that is the size of the bin."
         )
-    if isinstance(generator, list) and len(generator) != expected[0]:
+    if isinstance(generator, list | tuple) and len(generator) != expected[0]:
         raise InvalidInput(
             f"You have passed a list of generators of length {len(generator)}, but requested an effective batch size of"
             f" {expected[0]}. Make sure the batch size matches the length of the generators."

@@ -99,6 +99,7 @@ class SanaPipeline(Pipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
+        checks.check_text(text, guided=do_classifier_free_guidance)
         positive = self._positive(text, complex_human_instruction, max_sequence_length, clean_caption)
         place = device if device is not None else self.device
         prompt_embeds, prompt_attention_mask = (

@@ -53,17 +53,6 @@ def pad(condition: TextCondition, length: int) -> TextCondition:
     )
 
 
-def safe_dtype(dtype: torch.dtype, device: torch.device | str, *, explicit: bool = False) -> torch.dtype:
-    """Return the dtype to load the language model in when the whole pipeline was asked for `dtype`.
-
-    Gemma-2 overflows in float16, so it becomes float32 on a CPU and bfloat16 elsewhere, unless float16 was asked for
-    this very part (`explicit`).
-    """
-    if explicit or dtype != torch.float16:
-        return dtype
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-
-
 def prepare_prompt(prompt: str, clean_caption: bool = False) -> str:
     """Lower-case and strip a prompt, or clean it twice as the published pipelines do with `clean_caption`.
 

@@ -1,7 +1,7 @@
 """Precomputed features of drawn scenes: latents and encoded captions, in shards that appear by one rename.
 
-Scene number i is a function of (seed, i), so a shard holds no pictures and no scenes. Several processes may compute
-at the same time: each shard is computed by whoever finds it missing, and has the same bytes whoever did.
+Scene number i is a function of (seed, i), so a shard holds no pictures and no scenes, and a computation that was
+stopped goes on at the first shard that is missing.
 
 Shapes: n scenes in a shard, K captions of each, C latent channels, h w latent size, R text rows of the whole shard,
 E text width.
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import AutoencoderDC
 from sana.checkpoints.text_parts import load_text_encoder, load_tokenizer
 from sana.data import cutouts
@@ -61,9 +62,9 @@ def load_text(folder: Path) -> tuple[Any, Any]:
     return tokenizer, load_text_encoder(folder / "text_encoder", "Gemma2Model", dtype=torch.float32)
 
 
-def fingerprint(folder: Path, prefix: str = "") -> str:
-    """Sixteen hex digits over the tensors below `folder` whose names begin with `prefix`."""
-    digest = hashlib.sha256()
+def fingerprint(folder: Path, prefix: str = "", *others: str) -> str:
+    """Sixteen hex digits over the tensors below `folder` whose names begin with `prefix`, and over `others`."""
+    digest = hashlib.sha256("\0".join((str(cutouts.WORLD), *others)).encode())
     for file in sorted(folder.rglob("*.safetensors")):
         tensors = load_file(file)
         for name in sorted(tensors):
@@ -84,9 +85,11 @@ class FeatureStore:
                     f"'{part}' is missing; train the stage before this one, or name its export in the recipe."
                 )
         self.autoencoder, self.text = autoencoder, text
+        scale = str(read_json(autoencoder / "config.json").get("scaling_factor"))
+        words = (text / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
         self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
-        self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.')}-{seed}"
-        self.text_folder = folder / f"text-{fingerprint(text)}-{captions}-{seed}"
+        self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.', scale)}-{seed}"
+        self.text_folder = folder / f"text-{fingerprint(text, '', words, *COMPLEX_HUMAN_INSTRUCTION)}-{captions}-{seed}"
 
     def compute(self, kind: str = "both") -> Iterator[str]:
         """Compute what is missing ("latents", "text" or "both"), yielding the path of every shard made here."""
@@ -98,13 +101,11 @@ class FeatureStore:
             make = self._text_shard if name == "text" else self._latent_shard
             for shard in range(self.shards):
                 target = folder / f"{shard:05d}.safetensors"
-                claim = target.with_suffix(".claim")
-                if target.exists() or not _claimed(claim):
+                if target.exists():
                     continue
                 partial = target.with_suffix(f".partial-{os.getpid()}")
                 save_file(make(shard), partial)
                 partial.rename(target)
-                claim.unlink()
                 yield str(target)
 
     @functools.cached_property
@@ -165,19 +166,3 @@ class FeatureStore:
             starts=starts,
             lengths=lengths,
         )
-
-
-def _claimed(claim: Path) -> bool:
-    """Take a shard for this process; a claim whose process is gone is taken over."""
-    try:
-        with claim.open("x", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        try:
-            owner = int(claim.read_text(encoding="utf-8") or 0)
-            os.kill(owner, 0)
-        except (ProcessLookupError, ValueError, FileNotFoundError):
-            claim.write_text(str(os.getpid()), encoding="utf-8")
-            return True
-        return owner == os.getpid()
-    return True

@@ -1,6 +1,8 @@
 """From a recipe to a trainer."""
 
+import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ class Kind:
 
     settings: type[Any]
     objective: type[Any]
+    folders: tuple[str, ...] = ()
+    """Settings that name folders."""
 
 
 def device_of(run: RunSettings) -> torch.device:
@@ -48,12 +52,17 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
     if device.type == "cpu":
         torch.set_num_threads(recipe.run.threads)
     settings = build(kind.settings, recipe.settings, recipe.objective)
+    # Folders in a recipe are relative to the run's own, so that the stages find each other wherever the runs lie.
+    named = {name: getattr(settings, name) for name in kind.folders}
+    settings = dataclasses.replace(
+        settings, **{name: os.path.normpath(folder / value) for name, value in named.items() if value}
+    )
     objective = kind.objective(settings, recipe.run, device)
     return Trainer(objective, recipe.run, recipe.optimizer, folder)
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "autoencoder": Kind(AutoencoderSettings, AutoencoderObjective),
+    "autoencoder": Kind(AutoencoderSettings, AutoencoderObjective, ("start",)),
     "language_model": Kind(LanguageModelSettings, LanguageModelObjective),
-    "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective),
+    "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective, ("autoencoder", "text", "features")),
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sana.apps.cli.machine import introduce, out_of_memory_told
+from sana.apps.cli.models import DEFAULT_MODEL
 from sana.apps.cli.names import check_files
 from sana.apps.cli.order import Order, named_as_flags, parse
 from sana.apps.cli.output import Progress, Terminal, duration
@@ -60,7 +61,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
             _introduce(card, order, terminal)
         parts, seconds = order.machine.load(terminal)
         if card is None and parts.card is not None:
-            _introduce(parts.card, order, terminal)
+            _introduce(parts.card, order, terminal, parts.name)
         report = Report(timings={"load": seconds}, warnings=terminal.warnings)
         with order.machine.in_use(parts):
             _draw(parts, order, report, terminal)
@@ -68,10 +69,11 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     return 0
 
 
-def _introduce(card: "Card", order: Order, terminal: Terminal) -> None:
-    introduce(card, terminal)
+def _introduce(card: "Card", order: Order, terminal: Terminal, name: str | None = None) -> None:
+    introduce(card, terminal, name)
     if "zh" not in card.languages and any("\u4e00" <= mark <= "\u9fff" for mark in order.request.prompt):
-        terminal.warn(f"{card.name} was not trained on Chinese prompts. Say it in English, or use another model.")
+        named = name or card.name
+        terminal.warn(f"{named} was not trained on Chinese prompts. Say it in English, or use another model.")
 
 
 def _draw(parts: "Parts", order: Order, report: Report, terminal: Terminal) -> None:
@@ -87,6 +89,8 @@ def _draw(parts: "Parts", order: Order, report: Report, terminal: Terminal) -> N
             for batch in runs:
                 loop = generate(parts, request.replace(seed=batch.start, count=len(batch)))
                 result = _finished(loop, progress, f"picture {len(report.files) + 1}/{count} · " if count > 1 else "")
+                if result.model.get("name") not in (order.machine.source, DEFAULT_MODEL):
+                    result = dataclasses.replace(result, model={**result.model, "source": order.machine.source})
                 report.add(result, count)
                 _save(result, order, report, terminal)
     except (SanaError, OSError) as error:
@@ -114,6 +118,7 @@ def _save(result: Result, order: Order, report: Report, terminal: Terminal) -> N
 
     for text in result.warnings:
         terminal.warn(text)
+    steps = f"{result.settings.steps} step{'s' if result.settings.steps != 1 else ''}"
     seconds = result.timings.get("total", 0.0) / len(result.images)
     for i, (seed, image) in enumerate(zip(result.seeds, result.images, strict=True)):
         target = order.files[order.seeds.index(seed)]
@@ -123,4 +128,4 @@ def _save(result: Result, order: Order, report: Report, terminal: Terminal) -> N
         terminal.draft = report.to_dict()
         terminal.result(str(target))
         size, device = f"{image.width}x{image.height}", result.model.get("device", "")
-        terminal.say(f"seed {seed} · {size} · {result.settings.steps} steps · {device} · {duration(seconds)}")
+        terminal.say(f"seed {seed} · {size} · {steps} · {device} · {duration(seconds)}")

@@ -8,12 +8,13 @@ from typing import Any
 from sana.apps.cli import arguments
 from sana.apps.cli.models import DEFAULT_MODEL
 from sana.apps.cli.output import Terminal, printable
+from sana.cards import CARDS
 from sana.engine.metadata import Metadata, read_metadata
 from sana.engine.request import Request
 from sana.errors import InvalidInput, ModelNotFound
 
 USAGE = "sana info PICTURE.png [PICTURE.png ...] [options]"
-DESCRIPTION = "Show how pictures were made: their settings, the model, and the command that makes them again."
+DESCRIPTION = "Show how pictures were made: their settings, the model, and a command that draws with these again."
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
@@ -54,18 +55,24 @@ def _page(file: str, metadata: Metadata) -> str:
     settings = {name.replace("_", " "): _shown(value) for name, value in unusual.items()} | {"size": size.strip("x")}
     model = metadata.record.get("model")
     facts = {str(k): str(v) for k, v in model.items()} if isinstance(model, Mapping) else {}
-    again = {"again": command(request, facts.get("name", ""))}
+    again = {"again": command(request, facts.get("source") or facts.get("name", ""), _dtype(facts))}
     return "\n".join([file, *_rows({**settings, **_model(facts), "AI label": label, **again})])
 
 
-def command(request: Request, model: str) -> str:
-    """Return the command line that carries out a request, leaving out what is so by default."""
+def command(request: Request, model: str, dtype: str | None = None) -> str:
+    """Return the command line that carries out a request with a model, leaving out what is so by default.
+
+    It says nothing of device, threads and versions, and a folder must still be where it was.
+    """
     values = _unusual(request)
     width, height, prompt = (values.pop(name, None) for name in ("width", "height", "prompt"))
     words = ["sana"] if " " in request.prompt else ["sana", "generate"]
     words += [prompt] if prompt and not prompt.startswith("-") else []
     words += ["--model", model] if model and model != DEFAULT_MODEL else []
+    words += ["--dtype", dtype] if dtype else []
     words += ["--size", f"{width}x{height}"] if width and height else []
+    if request.sampler != "scm" and request.guidance is not None and request.guidance < 1:
+        values["guidance"] = 1.0  # the same picture, and the command refuses less
     for name, value in values.items():
         if isinstance(value, bool):
             words.append(arguments.flag_of(name if value else f"no_{name}"))
@@ -88,6 +95,23 @@ def _model(facts: Mapping[str, str]) -> dict[str, str]:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("sanakit", "torch", "python") if name in facts)
     model = f"{facts['name']} ({precision} on {facts.get('device', '?')})" if "name" in facts else ""
     return {"model": model, "made with": versions}
+
+
+def _dtype(facts: Mapping[str, str]) -> str | None:
+    """Return the --dtype that gives the recorded dtypes, or None where auto does, or where none would."""
+    recorded = {name.removesuffix("_dtype"): dtype for name, dtype in facts.items() if name.endswith("_dtype")}
+    card = CARDS.get(facts.get("name", ""))
+    if card is not None:
+        exact = {"transformer": "float32", "vae": "float32"} if facts.get("device") == "cpu" else {}
+        usual = {**card.dtypes, **exact}
+        if all(dtype == usual.get(part, usual.get("default")) for part, dtype in recorded.items()):
+            return None
+    choices = {
+        "float32": dict.fromkeys(recorded, "float32"),
+        "bfloat16": dict.fromkeys(recorded, "bfloat16"),
+        "float16": {part: "float16" if part == "transformer" else "bfloat16" for part in recorded},
+    }
+    return next((name for name, dtypes in choices.items() if recorded and dtypes == recorded), None)
 
 
 def _rows(values: Mapping[str, str]) -> list[str]:

@@ -44,13 +44,27 @@ class Machine:
     @property
     def card(self) -> Card | None:
         """The card of a model that was named by it; a folder may hold any model, which shows when it is loaded."""
-        return CARDS.get(self.model)
+        return None if self.folder is not None else CARDS.get(self.model)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that was named, if it is one; a folder goes before a model of that name."""
+        path = Path(self.model).expanduser()
+        return path if self.model.strip() and path.is_dir() else None
+
+    @property
+    def source(self) -> str:
+        """The model as a later command finds it from anywhere; the home folder stays a tilde, to name no user."""
+        if self.folder is None:
+            return self.model
+        path, home = self.folder.resolve(), Path("~").expanduser().resolve()
+        return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
 
     def load(self, terminal: Terminal, only: Collection[str] | None = None) -> tuple["Parts", float]:
         """Load the model, or only some parts of it, and tell how many seconds it took."""
         began = time.perf_counter()
         card = self.card
-        if (card is not None and card.folder is not None) or Path(self.model).expanduser().is_dir():
+        if (card is not None and card.folder is not None) or self.folder is not None:
             bar: contextlib.AbstractContextManager[Any] = terminal.count(1, text=f"loading {self.model}")
         else:  # the hub library draws its own
             bar = _hub_bars(shown=not terminal.quiet and sys.stderr.isatty())
@@ -63,8 +77,20 @@ class Machine:
                 dtype = {"default": "float16", "text_encoder": "bfloat16", "vae": "bfloat16"}
             unused = () if only is None else set(COMPONENTS) - {*only, "scheduler"}
             absent: dict[str, Any] = dict.fromkeys(unused)
-            parts = load(self.model, device=self.device, dtype=dtype, **absent)
+            variant = self._variant(set(COMPONENTS) - set(absent))
+            if variant is not None:
+                terminal.warn(f"{self.model} has no plain weights; its variant {variant} is loaded.")
+            parts = load(self.model, device=self.device, dtype=dtype, variant=variant, **absent)
         return parts, time.perf_counter() - began
+
+    def _variant(self, needed: Collection[str]) -> str | None:
+        """Return the variant of the weights in a folder that has no others."""
+        from sana.checkpoints.layout import MODEL_INDEX, index_parts, sole_variant
+
+        if self.folder is None or not (self.folder / MODEL_INDEX).is_file():
+            return None
+        present = [name for name, entry in index_parts(self.folder).items() if entry is not None and name in needed]
+        return sole_variant(self.folder, present)
 
     @contextlib.contextmanager
     def in_use(self, parts: "Parts") -> Iterator[None]:
@@ -82,10 +108,13 @@ class Machine:
             torch.set_num_threads(before)
 
 
-def introduce(card: Card, terminal: Terminal) -> None:
-    """Say what the user should know about a model before waiting for it."""
-    if card.folder is not None:
-        facts = f"{millions(card.params)} parameters, {card.base_size} px"
+def introduce(card: Card, terminal: Terminal, name: str | None = None) -> None:
+    """Say what the user should know about a model before waiting for it; another `name` than the card's: a follower."""
+    facts = f"{millions(card.params)} parameters, {card.base_size} px"
+    if name is not None and name != card.name:
+        remark = f": {TOY}" if card.folder is not None else f", {card.licence}"
+        terminal.say(f"{name} has the architecture and the limits of {card.name} ({facts}){remark}.")
+    elif card.folder is not None:
         terminal.say(f"{card.name} is the built-in model ({facts}): {TOY}. For others: sana models")
     elif card.hub_id:
         terms = f"{card.licence}{', research only' if card.research_only else ''}"

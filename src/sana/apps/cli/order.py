@@ -118,6 +118,8 @@ def check_effects(settings: ResolvedRequest, card: Card, given: frozenset[str]) 
     Raises:
         InvalidInput: naming the option.
     """
+    if "guidance" in given and settings.guidance < 1 and card.product != "sprint":
+        raise InvalidInput("`guidance` below 1 draws the same picture as 1, which is without guidance. Give 1 or more.")
     if "guidance_interval" not in given:
         return
     if card.product == "sprint":

@@ -54,6 +54,8 @@ def read_seeds(text: str) -> list[int] | None:
     """Read `7`, `1-4`, `3,17,20-22`, or `random` (also -1), which is None."""
     if text.strip().lower() in ("random", "-1"):
         return None
+    if re.fullmatch(r"\s*-\d+\s*", text):
+        raise InvalidInput(f"takes 0 or more, or -1, which draws a random seed as 'random' does, not '{text[:40]}'.")
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)

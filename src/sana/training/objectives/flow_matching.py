@@ -57,7 +57,7 @@ class FlowMatchingSettings:
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig`."""
     autoencoder: str = ""
-    """Folder of the autoencoder that makes the latents."""
+    """Folder of the autoencoder that makes the latents; relative to the run's folder, like the next two."""
     text: str = ""
     """Folder that holds `text_encoder` and `tokenizer`."""
     features: str = ""
