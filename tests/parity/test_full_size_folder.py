@@ -127,7 +127,7 @@ def test_python_and_the_command_draw_with_it_what_the_reference_draws(folder: Pa
     with torch.no_grad():
         one, two = (pipe.transformer(x, embeds, time, encoder_attention_mask=mask)[0] for pipe in pipes)
         exact = ours.transformer.float()(x.float(), embeds.float(), time, encoder_attention_mask=mask)[0]
-    # The rule for half precision: no further from float32 than the reference is, and from it no further than that noise.
+    # The rule for half precision: no further from float32 than the reference, and from it no further than that noise.
     noise = distance(two, exact)
     assert distance(one, exact) <= 1.2 * noise
     assert distance(one, two) <= noise
