@@ -55,3 +55,11 @@ class DecoderOutput(ModelOutput):
 
     sample: Tensor
     """[B, 3, H, W]."""
+
+
+@dataclass
+class SanaControlNetOutput(ModelOutput):
+    """Residuals of the control branch."""
+
+    controlnet_block_samples: tuple[Tensor, ...]
+    """One [B, N, D] per block."""
