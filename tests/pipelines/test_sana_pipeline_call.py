@@ -337,6 +337,11 @@ def test_a_callback_may_return_nothing(pipe: SanaPipeline) -> None:
     assert torch.equal(latents(pipe, callback_on_step_end=lambda *_: None), latents(pipe))
 
 
+def test_a_misspelt_tensor_from_a_callback_is_named(pipe: SanaPipeline) -> None:
+    with pytest.warns(UserWarning, match="`latent`, which is ignored.*Did you mean 'latents'"):
+        latents(pipe, callback_on_step_end=lambda who, i, t, tensors: {"latent": tensors["latents"]})
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_replaced_latents_are_those_of_the_next_step(pipe: SanaPipeline, in_place: bool) -> None:
     def change(who: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sana.engine.generate import Change
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions
-from sana.errors import MissingDependency
+from sana.errors import MissingDependency, did_you_mean
 from sana.flow.samplers import Step
 
 Condition = tuple[Tensor, Tensor]
@@ -86,6 +86,13 @@ class CallbackBridge:
         timestep = self.pipeline.scheduler.timesteps[step.index]
         arguments = {name: shown[name] for name in self.names}
         returned = self.callback(self.pipeline, step.index, timestep, arguments) or {}
+        unknown = [name for name in returned if name not in shown]
+        if unknown:
+            hint = did_you_mean(str(unknown[0]), shown)
+            warnings.warn(
+                f"`callback_on_step_end` returned `{unknown[0]}`, which is ignored: no tensor has this name.{hint}",
+                stacklevel=2,
+            )
         latents = returned.get("latents", step.latents)
         self.tensors |= {name: returned[name] for name in self.tensors if name in returned}
         embeds = self.tensors["prompt_embeds"]
