@@ -254,7 +254,14 @@ def test_ctrl_c_ends_the_command_with_one_line(tiny_folder: Path, tmp_path: Path
     words = [sys.executable, "-m", "sana", "a fox", "-m", str(tiny_folder), "--seed", "1-999", "--steps", "1", "-q"]
     environment = {**os.environ, "PYTHONPATH": str(Path(sana_package.__file__).parents[1])}
     pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment) as process:
+
+    def listen() -> None:
+        # A suite that a shell started in the background ignores SIGINT, and its children would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(
+        words, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=environment, preexec_fn=listen
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "a-fox-1.png\n"
         process.send_signal(signal.SIGINT)
