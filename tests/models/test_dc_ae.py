@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sana.config import AutoencoderConfig
 from sana.errors import InvalidInput
 from sana.models import dc_ae
-from sana.models.dc_ae import DCAutoencoder, DownBlock, UpBlock, linear_attention, quadratic_attention
+from sana.models.dc_ae import DCAutoencoder, DownBlock, UpBlock
 from sana.models.outputs import DecoderOutput, EncoderOutput
+from sana.nn.head_attention import attend_by_heads, linear_attention, quadratic_attention
 
 BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 SANA = AutoencoderConfig(
@@ -98,6 +99,19 @@ def test_a_query_without_positive_products_gives_zeros(attend: Any) -> None:
     out = attend(q, k, v)
     assert torch.equal(out[:, :, 2], torch.zeros_like(out[:, :, 2]))
     assert out[:, :, 1].abs().amax() > 0
+
+
+@pytest.mark.parametrize("strip", [1, 700, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_few_heads_at_a_time_are_all_heads(dtype: torch.dtype, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sana.nn.rows.STRIP_BYTES", strip)
+    tokens = torch.randn(2, 11, 5 * 3 * 8, dtype=torch.float32).to(dtype)
+    before, out = tokens.clone(), torch.empty(2, 11, 5 * 8, dtype=dtype)
+    attend_by_heads(tokens, 8, out)
+    q, k, v = tokens.view(2, 11, 5, 3, 8).permute(3, 0, 2, 1, 4)
+    expected = linear_attention(F.relu(q), F.relu(k), v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(tokens, before)
 
 
 def test_linear_attention_ignores_autocast() -> None:
@@ -212,3 +226,9 @@ def test_an_empty_first_stage_moves_the_resolution_into_the_outer_convolutions()
     assert isinstance(model.decoder.conv_out, UpBlock)
     assert len(model.encoder.down_blocks[0]) == len(model.decoder.up_blocks[0]) == 0
     assert model(torch.randn(1, 3, 8, 12)).sample.shape == (1, 3, 8, 12)
+
+
+def test_shapes_are_known_without_memory() -> None:
+    with torch.device("meta"):
+        model = make()
+    assert model.decode(torch.empty(1, 4, 3, 5, device="meta")).sample.shape == (1, 3, 6, 10)

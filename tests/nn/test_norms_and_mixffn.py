@@ -89,3 +89,23 @@ def test_feed_forward_is_its_formula(norm: bool, residual: bool) -> None:
 def bias_of(conv: torch.nn.Conv2d) -> torch.Tensor:
     assert conv.bias is not None
     return conv.bias[:, None, None]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inference_in_fewer_passes_rounds_alike(
+    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, for rows of every size and of nothing but zeros; a strided input takes the usual way."""
+    norm = drawn_norm(24, bias).to(dtype)
+    ways: list[int] = []
+    fewer = RMSNorm._lean
+    monkeypatch.setattr(RMSNorm, "_lean", lambda self, x: ways.append(x.ndim) or fewer(self, x))
+    for x in (torch.randn(7, 24), torch.randn(2, 3, 4, 24) * 1e-3, torch.randn(5, 24) * 100, torch.zeros(1, 2, 24)):
+        x, before = x.to(dtype), x.to(dtype)
+        expected = norm(x)
+        with torch.no_grad():
+            assert torch.equal(norm(x), expected)
+            assert torch.equal(norm(x.mT.contiguous().mT), expected)
+        assert torch.equal(x, before)
+    assert ways == [2, 4, 2, 3]

@@ -8,6 +8,7 @@ are written in NHWC order because of batches of one: there the strides of an NCH
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,25 @@ from torch import Tensor, nn
 from sana.config import AutoencoderConfig
 from sana.errors import InvalidInput
 from sana.models.outputs import DecoderOutput, EncoderOutput
+from sana.nn.head_attention import attend_by_heads, linear_attention, quadratic_attention
+from sana.nn.inference import bare, lean, unhooked
 from sana.nn.mixffn import GLUMBConv
 from sana.nn.norms import ChannelRMSNorm
+from sana.nn.rows import (
+    ConvRows,
+    Link,
+    NormRows,
+    ResidualRows,
+    UpsampleRows,
+    compute_rows,
+    large,
+    local,
+    nearest_corners,
+    shuffled_corners,
+)
 
-_ATTENTION_EPS = 1e-15
 _NORM_EPS = 1e-5
+_MANY_PIXELS = 2048  # of fewer, upsampling by corners takes longer to prepare than it saves
 
 
 class ResBlock(nn.Module):
@@ -36,6 +51,12 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.conv2(self.act(self.conv1(x))))
         return x + out
+
+    def rows(self, dtype: torch.dtype, fused: bool = False) -> Link | None:
+        """Return how this block joins a chain that computes strips of rows, None if it must be called."""
+        if unhooked(self) and bare(dtype, self.conv1, self.conv2) and local(self.norm, dtype):
+            return Link(partial(ResidualRows, self.conv1, self.act, self.conv2, self.norm, fused))
+        return None
 
 
 class MultiscaleProjection(nn.Module):
@@ -73,6 +94,8 @@ class MultiscaleLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
+        if height * width > self.head_dim and lean(x) and bare(x.dtype, self.to_q, self.to_k, self.to_v):
+            return self._lean(x)
         x_BHWC = x.movedim(1, -1)
         qkv = torch.cat([self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], dim=-1).movedim(-1, 1)
         scales = torch.cat([qkv, *(project(qkv) for project in self.to_qkv_multiscale)], dim=1)
@@ -86,26 +109,17 @@ class MultiscaleLinearAttention(nn.Module):
         out: Tensor = self.norm_out(self.to_out(out_BHWC).movedim(-1, 1))
         return x + out
 
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return sum_m (q·k_m) v_m / sum_m (q·k_m) in O(N), computed in float32 even under autocast; [B, G, N, d] each.
-
-    A query without any positive product gives zeros. Source: EfficientViT eq. 2.
-    """
-    dtype = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (q, k, v))
-        values = torch.matmul(q, torch.matmul(k.transpose(-1, -2), v))
-        weights = torch.matmul(q, k.sum(dim=-2).unsqueeze(-1))
-        return (values / (weights + _ATTENTION_EPS)).to(dtype)
-
-
-def quadratic_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the same as `linear_attention` in O(N²), for fewer positions than head channels; [B, G, N, d] each."""
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = scores / (scores.sum(dim=-1, keepdim=True) + _ATTENTION_EPS)
-    return torch.matmul(weights.to(v.dtype), v)
+    def _lean(self, x: Tensor) -> Tensor:
+        """Compute the same values without ever laying all scales or all float32 copies next to each other."""
+        joined = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        qkv = F.linear(x.movedim(1, -1), joined).movedim(-1, 1)
+        inner = len(self.to_q.weight)
+        mixed = x.new_empty(len(x), *x.shape[-2:], inner * (1 + len(self.to_qkv_multiscale)))
+        scales = [qkv, *(project(qkv) for project in self.to_qkv_multiscale)]
+        for scale, place in zip(scales, torch.split(mixed.flatten(1, 2), inner, dim=-1), strict=True):
+            attend_by_heads(scale.movedim(1, -1).flatten(1, 2), self.head_dim, place)
+        out: Tensor = self.norm_out(self.to_out(mixed).movedim(-1, 1))
+        return x + out
 
 
 class EfficientViTBlock(nn.Module):
@@ -154,15 +168,26 @@ class UpBlock(nn.Module):
         super().__init__()
         self.interpolate = interpolate
         self.shortcut = shortcut
+        self.out_channels = out_channels
         self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
+        many = self.interpolate and x.shape[-2:].numel() >= _MANY_PIXELS
+        if many and lean(x) and (link := self.rows(x.dtype)):
+            return compute_rows(x, [link], self.out_channels)
         if self.interpolate:
             out = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         else:
             out = F.pixel_shuffle(self.conv(x), 2)
         return self._add_shortcut(out, x) if self.shortcut else out
+
+    def rows(self, dtype: torch.dtype, fused: bool = False) -> Link | None:
+        """Return how this block joins a chain that computes strips of rows, None if it must be called."""
+        if unhooked(self) and bare(dtype, self.conv):
+            corners = nearest_corners(self.conv) if self.interpolate else shuffled_corners(self.conv)
+            return Link(partial(UpsampleRows, corners, self.shortcut), zoom=2.0)
+        return None
 
     @staticmethod
     def _add_shortcut(out: Tensor, x: Tensor) -> Tensor:
@@ -222,6 +247,8 @@ class Decoder(nn.Module):
         interpolate = config.upsample_block_type == "interpolate"
         norm_types, act_fns = config.per_stage("decoder_norm_types"), config.per_stage("decoder_act_fns")
         self.in_shortcut = config.decoder_in_shortcut
+        self.out_channels = config.in_channels
+        self.fused_rows = False
         self.act = ACTIVATION_FUNCTIONS[config.decoder_conv_act_fn]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
@@ -236,6 +263,7 @@ class Decoder(nn.Module):
             ]
             self.up_blocks.append(nn.Sequential(*stage))
         last_width = widths[0] if layers[0] else widths[1]
+        self.last_scale = config.spatial_compression_ratio // (1 if layers[0] else 2)
         self.norm_out = ChannelRMSNorm(last_width, _NORM_EPS, bias=True)
         self.conv_out = (
             nn.Conv2d(last_width, config.in_channels, 3, padding=1)
@@ -249,10 +277,46 @@ class Decoder(nn.Module):
         if self.in_shortcut:
             groups = torch.unflatten(x.movedim(1, -1), -1, (z.shape[1], -1))
             x = (groups + z.movedim(1, -1).unsqueeze(-1)).flatten(-2).movedim(-1, 1)
-        for stage in reversed(self.up_blocks):
+        last_pixels = z.shape[-2:].numel() * self.last_scale**2
+        by_rows = lean(z) and large(last_pixels * len(self.norm_out.weight), z.dtype)
+        links = self._links(z.dtype) if by_rows else []
+        for stage in reversed(self.up_blocks[max(0, len(links) - 1) :]):
             x = stage(x)
+        if links:
+            return compute_rows(x, [link for stage in reversed(links) for link in stage], self.out_channels)
         out: Tensor = self.conv_out(self.act(self.norm_out(x)))
         return out
+
+    def compile_rows(self) -> None:
+        """From now on compute norms, with what is next to them, by compiled code; on a CPU, in inference.
+
+        The convolutions, which take most of the time, are calls of a library in compiled code as well; whole stages
+        compiled are slower than strips, measured in bfloat16. The first picture takes seconds longer.
+        """
+        self.fused_rows = True
+
+    def _links(self, dtype: torch.dtype) -> list[list[Link]]:
+        """Return the output layers and, as stored, the first stages as long as nothing in them is global.
+
+        In the published models 85 % of the work is in these stages.
+        """
+        last: Link | None = None
+        if isinstance(self.conv_out, UpBlock):
+            last = self.conv_out.rows(dtype)
+        elif bare(dtype, self.conv_out):
+            last = Link(partial(ConvRows, self.conv_out))
+        if last is None or not local(self.norm_out, dtype):
+            return []
+        links = [[Link(partial(NormRows, self.norm_out, self.act, self.fused_rows)), last]]
+        for stage in self.up_blocks:
+            made: list[Link] = []
+            for block in stage.children():
+                link = block.rows(dtype, self.fused_rows) if isinstance(block, ResBlock | UpBlock) else None
+                if link is None or not unhooked(stage):
+                    return links
+                made.append(link)
+            links.append(made)
+        return links
 
 
 class DCAutoencoder(nn.Module):

@@ -18,6 +18,7 @@ from sana.errors import InvalidInput
 from sana.models.outputs import Transformer2DModelOutput
 from sana.nn.attention import CrossAttention, KeyValue, LinearSelfAttention, text_bias
 from sana.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, position_table
+from sana.nn.inference import unhooked
 from sana.nn.mixffn import GLUMBConv
 from sana.nn.norms import RMSNorm
 
@@ -34,6 +35,13 @@ class Modulation(NamedTuple):
 def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     """Return x (1 + scale) + shift."""
     return torch.addcmul(shift_B1D, x_BND, 1 + scale_B1D)
+
+
+def modulated_norm(norm: nn.LayerNorm, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """Return norm(x) (1 + scale) + shift; one pass over x where all rows share the modulation."""
+    if len(scale_B1D) == 1 and norm.weight is None and scale_B1D.dtype == x_BND.dtype and unhooked(norm):
+        return F.layer_norm(x_BND, norm.normalized_shape, 1 + scale_B1D[0, 0], shift_B1D[0, 0], norm.eps)
+    return modulate(norm(x_BND), shift_B1D, scale_B1D)
 
 
 class LinearBlock(nn.Module):
@@ -62,10 +70,10 @@ class LinearBlock(nn.Module):
         self, x_BND: Tensor, grid: tuple[int, int], mod_B6D: Tensor, kv: KeyValue, bias_B11T: Tensor | None
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + mod_B6D).chunk(6, dim=1)
-        x = torch.addcmul(x_BND, gate_a, self.attn1(modulate(self.norm1(x_BND), shift_a, scale_a)))
+        x = torch.addcmul(x_BND, gate_a, self.attn1(modulated_norm(self.norm1, x_BND, shift_a, scale_a)))
         x = x + self.attn2(x, kv, bias_B11T)
         # Tokens in row order are the channels-last image: both views are free of copies.
-        image_BhwD = modulate(self.norm2(x), shift_f, scale_f).view(x.shape[0], *grid, -1)
+        image_BhwD = modulated_norm(self.norm2, x, shift_f, scale_f).view(x.shape[0], *grid, -1)
         return torch.addcmul(x, gate_f, self.ff(image_BhwD.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2))
 
 

@@ -50,8 +50,8 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 
 def _by_head(x_BNAK: Tensor) -> Tensor:
-    # One pass converts and reorders; the batched products would otherwise copy again.
-    return x_BNAK.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    # One pass converts and reorders; the batched products would otherwise copy again. Always a new tensor.
+    return x_BNAK.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def linear_attention(q_BNAK: Tensor, k_BNAK: Tensor, v_BNAK: Tensor) -> Tensor:
@@ -61,10 +61,11 @@ def linear_attention(q_BNAK: Tensor, k_BNAK: Tensor, v_BNAK: Tensor) -> Tensor:
     Source: arXiv 2410.10629, eq. 2 and 3.
     """
     with _no_autocast(q_BNAK.device.type):
-        q, k, v = _by_head(F.relu(q_BNAK)), _by_head(F.relu(k_BNAK)), _by_head(v_BNAK)
-        summary = k.transpose(2, 3) @ v
-        total = k.sum(dim=2).unsqueeze(-1)
-        return ((q @ summary) / (q @ total + LINEAR_EPS)).transpose(1, 2)
+        # The sign survives the conversion, so the ReLU can work in place on the converted copy.
+        q, k, v = _by_head(q_BNAK).relu_(), _by_head(k_BNAK).relu_(), _by_head(v_BNAK)
+        summary = torch.cat([k.transpose(2, 3) @ v, k.sum(dim=2).unsqueeze(-1)], dim=-1)
+        out = q @ summary
+        return (out[..., :-1] / (out[..., -1:] + LINEAR_EPS)).transpose(1, 2)
 
 
 def text_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +101,8 @@ class LinearSelfAttention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         heads = (*x.shape[:2], -1, self.head_dim)
         mixed = linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-        out: Tensor = self.to_out[1](self.to_out[0](mixed.flatten(2).to(x.dtype)))
+        mixed = mixed.to(x.dtype, memory_format=torch.contiguous_format).flatten(2)
+        out: Tensor = self.to_out[1](self.to_out[0](mixed))
         return out.clamp(-HALF_MAX, HALF_MAX) if out.dtype == torch.float16 else out
 
 

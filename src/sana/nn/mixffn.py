@@ -3,10 +3,18 @@
 Shapes: B batch, C input channels, O output channels, F hidden channels, H W image size.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana.nn.inference import bare, inference
 from sana.nn.norms import ChannelRMSNorm
+
+# Measured with AMX: a half-precision product with more columns reorders its weight at a third of its own cost, and
+# intermediate results of this width stay in the cache of a core. Full multiples of 64 columns run best.
+HALF_COLUMNS = 576
 
 
 class GLUMBConv(nn.Module):
@@ -28,9 +36,52 @@ class GLUMBConv(nn.Module):
         self.norm = ChannelRMSNorm(out_channels, eps=1e-5, bias=True) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv_depth(F.silu(self.conv_inverted(x)))
-        value, gate = hidden.chunk(2, dim=1)
-        out: Tensor = self.conv_point(value * F.silu(gate))
+        if self._by_rows(x):
+            out = self._mix_rows(x)
+        else:
+            hidden = self.conv_depth(F.silu(self.conv_inverted(x)))
+            value, gate = hidden.chunk(2, dim=1)
+            out = self.conv_point(value * F.silu(gate))
         if self.norm is not None:
             out = self.norm(out)
         return x + out if self.residual else out
+
+    def _by_rows(self, x: Tensor) -> bool:
+        return (
+            inference(x)
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and bare(x.dtype, self.conv_inverted, self.conv_depth, self.conv_point)
+        )
+
+    def _mix_rows(self, x: Tensor) -> Tensor:
+        """Run the three convolutions on rows of pixels, [B, C, H, W] -> [B, O, H, W], both channels last.
+
+        The 1x1 convolutions are matrix products there. A slice of hidden channels goes through everything at a time.
+        """
+        batch, channels, height, width = x.shape
+        hidden = self.conv_point.in_channels
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        expand, bias = self.conv_inverted.weight.flatten(1), self.conv_inverted.bias
+        depth, depth_bias = self.conv_depth.weight, self.conv_depth.bias
+        assert bias is not None
+        assert depth_bias is not None
+
+        def half(part: slice) -> Tensor:
+            narrow = F.silu(F.linear(rows, expand[part], bias[part]), inplace=True)
+            image = narrow.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            mixed = F.conv2d(image, depth[part], depth_bias[part], padding=1, groups=image.shape[1])
+            return mixed.permute(0, 2, 3, 1).reshape(len(rows), -1)
+
+        gated = [
+            F.silu(half(slice(hidden + start, hidden + stop)), inplace=True).mul_(half(slice(start, stop)))
+            for start, stop in slices(hidden, x.dtype)
+        ]
+        out = F.linear(torch.cat(gated, dim=1), self.conv_point.weight.flatten(1))
+        return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def slices(channels: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """Cut channels into ranges that the processor's caches like; one range for float32, which gains nothing."""
+    count = math.ceil(channels / HALF_COLUMNS) if dtype.itemsize == 2 else 1
+    width = math.ceil(channels / count / 64) * 64
+    return [(start, min(start + width, channels)) for start in range(0, channels, width)]

@@ -1,0 +1,33 @@
+"""When a module may take a faster way that is only right in plain inference on a CPU."""
+
+import torch
+from torch import Tensor, nn
+
+
+def lean(x: Tensor) -> bool:
+    """Whether `x` is computed on a CPU step by step, without gradients or autocast, so buffers may be overwritten."""
+    return inference(x) and not torch.compiler.is_compiling()
+
+
+def inference(x: Tensor) -> bool:
+    """Whether `x` is computed on a CPU without gradients or autocast, be it step by step or compiled."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:
+    """Whether using the layers' weights is the same as calling them: plain linear or convolution layers of this dtype.
+
+    Wrappers of adapters, quantised weights, parametrisations, hooks and offloading all answer False.
+    """
+    return all(
+        type(layer) in (nn.Linear, nn.Conv2d)
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.dtype == dtype
+        and unhooked(layer)
+        for layer in layers
+    )
+
+
+def unhooked(layer: nn.Module) -> bool:
+    """Whether calling the layer runs its own forward and nothing else."""
+    return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in vars(layer)
