@@ -97,7 +97,26 @@ def test_missing_package(module: str, package: str, monkeypatch: pytest.MonkeyPa
 # Repetitions that take other implementations, or Python's HTML parser, quadratic time.
 HARD = [
     *("a.", "a.a-", "a.com@", "a.com/x@", "co.com/-/-", ".", "http:", "  ", "  .", " . ", "x.pn", " .png", ".png"),
-    *("<a ", "<a b='", '<a "', "<!--", "<!-- -", "</", "<", "<b>", "&", "&#", "1", "1.", "1.1x", "a1a1_", "a1a11"),
+    *(
+        "<a ",
+        "<a b='",
+        '<a "',
+        "<!--",
+        "<!-- -",
+        "</",
+        "<",
+        "<b>",
+        "<div>",
+        "<div><p>",
+        "<?x ",
+        "&",
+        "&#",
+        "1",
+        "1.",
+        "1.1x",
+        "a1a1_",
+        "a1a11",
+    ),
     *("worldwide free ", "page ", "-_", "'\"", "\n", "%", "Ã©", "1:23 "),
 ]
 

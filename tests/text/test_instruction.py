@@ -3,6 +3,7 @@
 import hashlib
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,18 @@ def test_long_texts_give_the_same_first_tokens(
         assert list(tokens.ids) == whole[:40]
         assert text.endswith(tokens.dropped)
         assert len(tokens.dropped) > 5000
+
+
+@pytest.mark.parametrize("instruction", [5, {"a": "b"}, [b"a"], ["a", None], object(), range(3)])
+def test_an_instruction_of_another_kind_is_refused(instruction: Any) -> None:
+    with pytest.raises(InvalidInput, match="something else than text"):
+        join_instruction(instruction)
+
+
+def test_a_very_long_instruction_is_refused() -> None:
+    assert join_instruction(["a" * 10_000, "b" * 10_000]) is not None
+    with pytest.raises(InvalidInput, match="shorten it"):
+        join_instruction(["a" * 10_000, "b" * 10_001])
 
 
 def test_a_megabyte_is_quick() -> None:

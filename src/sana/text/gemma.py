@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sana.errors import InvalidInput, NonFinite
 from sana.text import clean
+from sana.text.few_rows import FewRows
 from sana.text.instruction import Tokenizer, Tokens, Window, join_instruction, token_window, tokenize
 
 # Model types whose cache and masks are tested against the plain call; every other encoder gets the plain call.
@@ -101,7 +102,13 @@ class _Fingerprint:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return chain(module.parameters(), module.buffers())
+    """Yield all parameters and buffers; `parameters()` makes their names too, which takes longer than all the rest."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            yield from (held for held in chain(one._parameters.values(), one._buffers.values()) if held is not None)
+            waiting.extend(one._modules.values())
 
 
 def _storage_facts(tensor: Tensor) -> tuple[object, ...]:
@@ -192,7 +199,7 @@ class PromptEncoder:
             self._results.move_to_end(key)
             return list(torch.split(known.to(device), sizes))
         # The caller's autocast would make equal calls differ.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), FewRows():
             rows = torch.cat(self._run(batch, head_ids, window, device))
         if not torch.isfinite(rows).all():
             raise NonFinite(_overflow_message(rows.dtype))

@@ -27,6 +27,9 @@ COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = (
     "User Prompt: ",
 )
 
+MAX_INSTRUCTION = 20_000
+"""Longest instruction in characters, twenty times the published one; all of it goes through the language model."""
+
 # A long text is tokenised from its start only. The cut can change the last tokens before it, never ones this far away.
 _MARGIN_TOKENS = 64
 _CHARACTERS_PER_TOKEN = 16
@@ -85,11 +88,13 @@ class Tokens:
 
 def join_instruction(instruction: Sequence[str] | str | None) -> str | None:
     """Join the lines of an instruction by newlines; None or an empty list means that there is none."""
+    lines = [instruction] if isinstance(instruction, str) else [] if instruction is None else instruction
+    if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+        raise InvalidInput("The instruction holds something else than text; give a list of strings, or None.")
+    if sum(map(len, lines)) > MAX_INSTRUCTION:
+        raise InvalidInput(f"The instruction has more than {MAX_INSTRUCTION} characters; shorten it.")
     if not instruction:
         return None
-    lines = [instruction] if isinstance(instruction, str) else list(instruction)
-    if not all(isinstance(line, str) for line in lines):
-        raise InvalidInput("The instruction holds something else than text; give a list of strings, or None.")
     return "\n".join(lines)
 
 
