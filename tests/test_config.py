@@ -43,6 +43,38 @@ def test_fields_and_defaults_are_the_documented_ones(oracle_name: str) -> None:
     assert {field.name: getattr(config, field.name) for field in fields(config)} == expected
 
 
+TWO = {
+    "encoder_block_out_channels": [64, 128],
+    "decoder_block_out_channels": [64, 128],
+    "encoder_layers_per_block": [1, 1],
+    "decoder_layers_per_block": [1, 1],
+    "encoder_qkv_multiscales": [[], []],
+    "decoder_qkv_multiscales": [[], []],
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"decoder_block_out_channels": [64]}, "decoder_block_out_channels .* have as many stages as the encoder, 2"),
+        ({"encoder_layers_per_block": [1, -1]}, "encoder_layers_per_block .* hold no negative number, and a 0 only"),
+        ({"encoder_qkv_multiscales": [[], [4]]}, "encoder_qkv_multiscales .* hold odd kernel sizes"),
+        ({"encoder_qkv_multiscales": [[], [-1]]}, "encoder_qkv_multiscales .* hold odd kernel sizes"),
+        ({"decoder_block_out_channels": [64, 512]}, "decoder_block_out_channels .* let each width divide four times"),
+        ({"encoder_block_out_channels": [64, 2], "latent_channels": 2}, "hold multiples of 4 for the pixel_unshuffle"),
+        ({"latent_channels": 48}, "end with a multiple of latent_channels = 48, or encoder_out_shortcut be False"),
+        (
+            {"attention_head_dim": 80, "decoder_block_types": "EfficientViTBlock"},
+            "decoder_block_out_channels .* hold at least attention_head_dim = 80 in attention stages",
+        ),
+    ],
+)
+def test_widths_and_stages_that_contradict_each_other(values: dict[str, Any], says: str) -> None:
+    AutoencoderConfig.from_dict(TWO)
+    with pytest.raises(InvalidInput, match=says):
+        AutoencoderConfig.from_dict({**TWO, **values})
+
+
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_round_trip_through_json(cls: Any) -> None:
     config = cls()

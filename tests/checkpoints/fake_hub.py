@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,9 @@ LARGE = 1000
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose path matches: a `status`, a cut after `cut` bytes, or false bytes."""
+    """What goes wrong with requests whose path matches: a `status`, another `body`, a cut after `cut` bytes, false
+    bytes, or `delay` seconds of silence.
+    """
 
     path: str
     method: str = "GET|HEAD"
@@ -26,6 +29,8 @@ class Fault:
     code: str | None = None
     cut: int | None = None
     garble: bool = False
+    body: bytes | None = None
+    delay: float = 0.0
     times: int = 1000
 
 
@@ -38,6 +43,7 @@ class Hub:
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def push(self, repo: str, files: dict[str, bytes] | Path, branch: str = "main") -> str:
         """Publish files, or the content of a folder, as the newest commit of a branch; return the commit."""
@@ -71,7 +77,11 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((method, path, self.headers.get("Range")))
         fault = self.take_fault(method, path)
-        if fault and fault.status:
+        if fault and fault.delay:
+            self.hub.closing.wait(fault.delay)
+        if fault and fault.body is not None and "/resolve/" not in path:
+            self.reply(200, fault.body, {"Content-Type": "text/html"})
+        elif fault and fault.status:
             self.reply(fault.status, b"{}", {"X-Error-Code": fault.code} if fault.code else {})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
             self.info(match[1], match[2])
@@ -130,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if fault and fault.garble:
             data = bytes(byte ^ 1 for byte in data)
+        if fault and fault.body is not None:
+            data = fault.body.ljust(len(data))[: len(data)]
         status = 200
         if (wanted := self.headers.get("Range")) and method == "GET":
             start = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -152,18 +164,37 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+class Server(ThreadingHTTPServer):
+    """Hangs up at the end, so that no thread waits for further requests on an open connection."""
+
+    connections: list[socket.socket]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def hang_up(self) -> None:
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 @contextmanager
 def fake_hub() -> Iterator[Hub]:
     """Serve until the block ends."""
     hub = Hub()
     handler = type("HubHandler", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
+    server.connections = []
+    server.daemon_threads = False  # closing waits for them
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
+        server.hang_up()
         server.server_close()
         thread.join()

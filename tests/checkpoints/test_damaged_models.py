@@ -12,10 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import FILE, INDEX, TRANSFORMER, load, same, transformer
 
-from sana.checkpoints import weights as weights_module
-from sana.checkpoints.layout import PARTS, find_weights
-from sana.checkpoints.pretrained import SanaTransformer2DModel
-from sana.checkpoints.weights import inspect, load_into
 from sana.errors import CheckpointError, ModelNotFound
 
 
@@ -74,39 +70,6 @@ def test_overflow_of_the_wanted_dtype_is_told_apart(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'proj_out.bias' .* does not fit into float16: choose"):
         load(saved, torch_dtype=torch.float16)
     load(saved, torch_dtype=torch.bfloat16)
-
-
-def test_file_cut_anywhere_is_named(saved: Path) -> None:
-    whole = (saved / FILE).read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for length in (*range(0, header, 97), header, header + 1, len(whole) // 2, len(whole) - 1):
-        (saved / FILE).write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=rf"{FILE} is damaged or cut short .*delete it"):
-            load(saved)
-
-
-def test_file_cut_between_header_and_data_is_an_error_and_no_signal(saved: Path) -> None:
-    found = find_weights(saved, PARTS[""])
-    stored = inspect(found)
-    with torch.device("meta"):
-        model = SanaTransformer2DModel(**TRANSFORMER)
-    read = weights_module.safe_open
-
-    class CutAfterOpening:
-        def __init__(self, path: Path, **options: Any) -> None:
-            self.handle = read(path, **options)
-            os.truncate(path, 2000 + path.stat().st_size // 4)
-
-        def __enter__(self) -> Any:
-            return self.handle.__enter__()
-
-        def __exit__(self, *args: Any) -> None:
-            self.handle.__exit__(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "safe_open", CutAfterOpening)
-        with pytest.raises(CheckpointError, match="damaged or cut short"):
-            load_into(model, found, stored)
 
 
 def test_header_flips_never_load_silently(saved: Path) -> None:
@@ -179,15 +142,21 @@ def test_wrong_shards(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_variants(saved: Path) -> None:
-    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model.fp16.bin found in .*leave variant out"):
+    says = (
+        r"^There are no weights in .*leave variant out.*\(Error no file named diffusion_pytorch_model.fp16.bin found in"
+    )
+    with pytest.raises(OSError, match=says):
         load(saved, variant="fp16")
     shutil.move(saved / FILE, saved / "diffusion_pytorch_model.bf16.safetensors")
     with pytest.raises(
-        OSError, match=r"^Error no file named diffusion_pytorch_model.bin found in directory .*pass variant='bf16'"
+        OSError, match=r"no diffusion_pytorch_model.safetensors: pass variant='bf16' to load the variant"
     ):
         load(saved)
     (saved / "diffusion_pytorch_model.bf16.safetensors").unlink()
-    with pytest.raises(OSError, match=r"Error no file named diffusion_pytorch_model.bin found in directory .*: check"):
+    says = (
+        r"no diffusion_pytorch_model.safetensors: check .*\(Error no file named diffusion_pytorch_model.bin found in "
+    )
+    with pytest.raises(OSError, match=says):
         load(saved)
     (saved / "config.json").unlink()
     with pytest.raises(ModelNotFound, match=r"no config.json in .*its saving was interrupted"):

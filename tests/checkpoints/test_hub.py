@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 from sana.cards import CARDS
 from sana.checkpoints import hub as module
 from sana.checkpoints.hub import locate
+from sana.checkpoints.layout import missing_files
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 
 REPO = "acme/sana-tiny"
@@ -175,7 +177,7 @@ def test_missing_variant_is_said_before_any_download(get: Any, hub: Hub) -> None
 
 def test_variant_only_repository(get: Any, hub: Hub) -> None:
     hub.push("acme/half", {name: PIPELINE[name] for name in BF16 if name != "vae/diffusion_pytorch_model.safetensors"})
-    with pytest.raises(OSError, match=r"Error no file named pytorch_model.bin found in directory text_encoder/.*bf16"):
+    with pytest.raises(OSError, match=r"no weights in text_encoder/, no model.safetensors: pass variant='bf16'"):
         get("acme/half")
     assert hub.gets() == []
 
@@ -216,6 +218,92 @@ def test_damage_on_the_way_is_found_and_removed(get: Any, hub: Hub) -> None:
         get()
     assert (get() / TRANSFORMER).read_bytes() == PIPELINE[TRANSFORMER]
     assert hub.gets() == [TRANSFORMER]
+
+
+PAGE = b"<!DOCTYPE html><html><body>Please sign in to this network.</body></html>"
+
+
+@pytest.mark.parametrize("file", [TRANSFORMER, "vae/config.json", "model_index.json"])
+def test_web_page_instead_of_a_file_is_found_and_removed(get: Any, hub: Hub, file: str) -> None:
+    hub.push(REPO, {**PIPELINE, "vae/config.json": CONFIG + b" " * 200, file: PIPELINE[file] + b" " * 200})
+    hub.faults.append(Fault(path=file, method="GET", body=PAGE, times=1))
+    with pytest.raises(
+        CheckpointError, match=rf"{Path(file).name} was damaged .*outside a network that asks"
+    ) as caught:
+        get()
+    assert one_sentence(caught.value)
+    assert (get() / file).read_bytes() == PIPELINE[file] + b" " * 200
+
+
+def test_small_files_that_are_no_json_are_taken_as_they_come(get: Any, hub: Hub) -> None:
+    hub.push(REPO, {**PIPELINE, "tokenizer/words.txt": b"<html>"})
+    assert (get() / "tokenizer/words.txt").read_bytes() == b"<html>"
+
+
+def test_what_a_cache_lacks_is_told_without_its_index(get: Any, tmp_path: Path) -> None:
+    assert missing_files(tmp_path, None, None) == ("model_index.json",)
+
+
+def test_web_page_instead_of_the_hub(get: Any, hub: Hub) -> None:
+    hub.faults.append(Fault(path="/api/", body=PAGE))
+    with pytest.raises(
+        ModelNotFound, match=r"answered for by something else, perhaps the login page .*try again"
+    ) as caught:
+        get()
+    assert one_sentence(caught.value)
+
+
+def test_silent_hub_is_given_up(get: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.REQUEST_TIMEOUT <= 10
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.3)
+    hub.faults.append(Fault(path="/api/", delay=30))
+    began = time.monotonic()
+    with pytest.raises(ModelNotFound, match=r"could not be used \(ReadTimeout\)") as caught:
+        get()
+    assert time.monotonic() - began < 5
+    assert one_sentence(caught.value)
+    assert len(hub.requests) == 1, "nothing is tried twice before the hub has spoken once"
+
+
+@pytest.mark.parametrize("revision", ["v9", "../../etc", "a b", "refs/pr/1", "x" * 300])
+def test_wrong_revisions_are_named(get: Any, hub: Hub, revision: str) -> None:
+    with pytest.raises(ModelNotFound, match=r"has no revision|could not be used|answered with status"):
+        get(revision=revision)
+    assert hub.gets() == []
+
+
+def test_repository_that_lists_what_it_has_not(get: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_lacks", lambda *args, **options: ("vae/config.json",))
+    with pytest.raises(ModelNotFound, match=r"has no vae/config.json: it is no model of this kind"):
+        get()
+
+
+def test_hub_libraries_without_a_listing_are_served_too(get: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = get()
+    monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", None, raising=False)
+    assert get() == folder
+    assert hub.requests == []
+
+
+def test_a_blob_that_rotted_in_the_cache_is_found_at_loading(get: Any) -> None:
+    from sana.checkpoints.digests import verify
+
+    path = get() / TRANSFORMER
+    assert verify(path)
+    content = bytearray(path.read_bytes())
+    content[77] ^= 1
+    path.resolve().write_bytes(content)
+    with pytest.raises(CheckpointError, match="its SHA-256 differs"):
+        verify(path)
+
+
+def test_the_folder_of_the_built_in_model_is_known(tmp_path: Path) -> None:
+    card = CARDS["nano"]
+    assert module.is_built_in(locate("nano").folder, card)
+    assert not module.is_built_in(tmp_path, card)
+    assert not module.is_built_in(locate("nano").folder, CARDS["sana-1.6b-1024"])
 
 
 def test_cut_file_in_the_cache_is_fetched_again_or_named(get: Any, hub: Hub) -> None:
@@ -335,3 +423,14 @@ def test_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def one_sentence(error: Exception) -> bool:
     text = str(error)
     return "\n" not in text and len(text) < 300
+
+
+def test_the_built_in_name_goes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert locate("nano").card is CARDS["nano"]
+    assert locate("nano").folder.resolve() != (tmp_path / "nano").resolve()
+    for spelled in ("./nano", Path("nano"), str(tmp_path / "nano")):
+        assert locate(spelled).folder.resolve() == (tmp_path / "nano").resolve()
+    (tmp_path / "nano").rmdir()
+    assert locate(Path("nano")).card is CARDS["nano"]

@@ -7,11 +7,28 @@ from typing import Any
 
 import torch
 
+from sana.checkpoints.bounds import shown
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, find_weights, index_parts, part_of, part_variants
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel, as_dtype, reject_unknown
+from sana.checkpoints.pretrained import (
+    AutoencoderDC,
+    PretrainedMixin,
+    SanaTransformer2DModel,
+    as_dtype,
+    inside,
+    reject_unknown,
+)
 from sana.checkpoints.schedulers import SCHEDULERS
-from sana.checkpoints.text_parts import TEXT_ENCODERS, TOKENIZERS, load_text_encoder, load_tokenizer, no_progress_bars
-from sana.checkpoints.weights import MAX_SHARD_SIZE, inspect, settle, stored_dtype, sync, write_json
+from sana.checkpoints.storage import Leftovers, naming_foreign, recover, saving, write_json
+from sana.checkpoints.text_parts import (
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    check_vocabulary,
+    load_text_encoder,
+    load_tokenizer,
+    no_progress_bars,
+    write_text_encoder,
+)
+from sana.checkpoints.weights import MAX_SHARD_SIZE, inspect, outdated, stored_dtype
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 from sana.flow.scheduler_base import Face
 
@@ -45,6 +62,7 @@ def load_parts(
     for unknown part names and dtypes.
     """
     root = Path(folder)
+    recover(root)
     listed = index_parts(root)
     known = tuple(dict.fromkeys((*COMPONENTS, *listed)))
     reject_unknown("from_pretrained", [name for name in components if name not in known], known)
@@ -56,6 +74,10 @@ def load_parts(
         for name, entry in listed.items()
         if entry is not None and name not in components and (only is None or name in only)
     }
+    for name in COMPONENTS:
+        if name not in listed and name not in components and (only is None or name in only):
+            text = f"{root / MODEL_INDEX} lists no {name}"
+            raise CheckpointError(f"{text}: copy the folder again, or pass {name}= an object, or {name}=None.")
     for name, class_name in classes.items():
         _check_class(name, class_name, root)
     variants = part_variants(root, classes, variant)
@@ -65,7 +87,7 @@ def load_parts(
     dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors, device)
     parts: dict[str, Any] = {name: components.get(name) for name in known}
     for name, class_name in classes.items():
-        part_folder, part_variant = root / name, variants.get(name)
+        part_folder, part_variant = inside(root, name), variants.get(name)
         if class_name in TOKENIZERS:
             parts[name] = load_tokenizer(part_folder, class_name)
         elif class_name in SCHEDULERS:
@@ -73,6 +95,8 @@ def load_parts(
         else:
             parts[name] = _load_weighted(part_folder, class_name, dtypes[name], part_variant, use_safetensors, device)
         _log.info("loaded %s as %s from %s", name, class_name, part_folder)
+    if {"tokenizer", "text_encoder"} <= classes.keys():
+        check_vocabulary(parts["tokenizer"], parts["text_encoder"], root / "tokenizer")
     return parts
 
 
@@ -141,42 +165,51 @@ def save_parts(
     variant: str | None = None,
     max_shard_size: int | str | None = None,
     safe_serialization: bool = True,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write parts (None for an absent one) as a folder that this package and the reference load.
+    """Write parts (None for an absent one) as a folder that this package and the reference load, all at once.
 
-    `model_index.json` is removed first and written last, so an interrupted save is no model. The text encoder is always
-    written as safetensors.
-    Errors: InvalidInput for a path that is a file, and for a part that cannot be saved, before anything is written.
+    A killed or failed save leaves what was there before. The text encoder is always written as safetensors. `notes` go
+    into `model_index.json`; their keys begin with an underscore, so that other readers skip them.
+    Errors: InvalidInput for a path that is a file, and for a part that cannot be saved, before anything is written;
+    OSError naming the file that could not be written.
     """
     root = Path(folder)
-    if root.is_file():
-        raise InvalidInput(f"'{root}' is a file; give a folder to save the pipeline to.")
     whole = {name: _savable(part) for name, part in parts.items()}
     entries = {name: _index_entry(name, part) for name, part in whole.items()}
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MODEL_INDEX).unlink(missing_ok=True)
-    for name, part in whole.items():
-        if part is None:
-            continue
-        options: dict[str, Any] = {}
-        if part_of(name).stem:
-            options = {"variant": variant, "max_shard_size": max_shard_size or MAX_SHARD_SIZE}
-            if entries[name][0] != "transformers":
-                options["safe_serialization"] = safe_serialization
-        if entries[name][0] == "transformers":
-            with no_progress_bars():
-                part.save_pretrained(root / name, **options)
-            settle(root / name)
-        else:
-            part.save_pretrained(root / name, **options)
-    write_json(root / MODEL_INDEX, {"_class_name": class_name, "_diffusers_version": LAYOUT_VERSION, **entries})
-    sync(root)
+    options = {"variant": variant, "max_shard_size": max_shard_size or MAX_SHARD_SIZE}
+    leftovers: list[Leftovers] = []
+    with saving(root, leftovers) as stage:
+        for name, part in whole.items():
+            if part is None:
+                continue
+            leftovers.append(_write_part(name, part, stage / name, root / name, safe_serialization, options))
+        header = {"_class_name": class_name, "_diffusers_version": LAYOUT_VERSION, **(notes or {})}
+        write_json(stage / MODEL_INDEX, {**header, **entries})
+
+
+def _write_part(
+    name: str, part: Any, stage: Path, folder: Path, safe_serialization: bool, options: dict[str, Any]
+) -> Leftovers:
+    """Write one part into `stage`; return what tells which files of its folder are then without use."""
+    stage.mkdir()
+    kind = part_of(name)
+    if isinstance(part, PretrainedMixin):
+        told = part.write_files(stage, folder, safe_serialization=safe_serialization, **options)
+        return lambda: [f"{name}/{file}" for file in told()]
+    if type(part).__name__ in TEXT_ENCODERS:
+        told = write_text_encoder(part, stage, folder, **options)
+        return lambda: [f"{name}/{file}" for file in told()]
+    with no_progress_bars(), naming_foreign(stage):
+        part.save_pretrained(stage, **(options if kind.stem else {}))
+    written = frozenset(path.name for path in stage.iterdir())
+    return lambda: [f"{name}/{file}" for file in outdated(folder, kind, options["variant"], "safetensors", written)]
 
 
 def _check_class(name: str, class_name: str, root: Path) -> None:
-    known = (*MODELS, *TEXT_ENCODERS, *TOKENIZERS, *SCHEDULERS)
+    known = SLOTS.get(name) or (*MODELS, *TEXT_ENCODERS, *TOKENIZERS, *SCHEDULERS)
     if class_name not in known:
-        text = f"Part '{name}' in {root} is of class {class_name}, which is not among the known ones"
+        text = f"Part '{name}' in {root} is of class {shown(class_name)}, which is not among the known ones"
         raise CheckpointError(f"{text} ({', '.join(known)}): pass {name}= an object, or {name}=None.")
 
 
@@ -202,3 +235,11 @@ MODELS: dict[str, type[SanaTransformer2DModel] | type[AutoencoderDC]] = {
     "SanaTransformer2DModel": SanaTransformer2DModel,
     "AutoencoderDC": AutoencoderDC,
 }
+SLOTS: dict[str, tuple[str, ...]] = {
+    "tokenizer": TOKENIZERS,
+    "text_encoder": TEXT_ENCODERS,
+    "vae": ("AutoencoderDC",),
+    "transformer": ("SanaTransformer2DModel",),
+    "scheduler": tuple(SCHEDULERS),
+}
+"""The classes that a part of that name may have."""

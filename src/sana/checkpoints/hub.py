@@ -4,8 +4,8 @@ Local first: when the cached snapshot of the wanted revision has all the files t
 Otherwise exactly the needed files are fetched with `huggingface_hub`, which resumes, locks and caches.
 """
 
-import hashlib
 import importlib.resources
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ from huggingface_hub.errors import (
 )
 
 from sana.cards import CARDS, Card
-from sana.checkpoints.layout import MODEL_INDEX, missing_files, part_of, wanted_files
+from sana.checkpoints.digests import hub_digest, verify
+from sana.checkpoints.layout import MODEL_INDEX, missing_files, part_of, read_json, wanted_files
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, did_you_mean
 
 REQUEST_TIMEOUT = 10.0
 """Seconds the hub has for its first answer."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
-_HASH_BLOCK = 1 << 22
 _log = logging.getLogger(__name__)
 
 
@@ -89,13 +89,14 @@ def locate(
     path = Path(name).expanduser()
     if not str(name).strip():  # as a path it would be the working folder
         raise _unknown(name)
+    card = _card_of(str(name))
+    # The built-in model goes before a folder of its name, which is spelled ./name or given as a Path.
+    if card is not None and card.folder is not None and not (isinstance(name, Path) and path.is_dir()):
+        return Located(folder=_built_in(card), variant=variant or card.variant, card=card)
     if path.is_dir():
-        return Located(folder=path, variant=variant, card=_card_of(str(name)))
+        return Located(folder=path, variant=variant, card=card)
     if path.is_file():
         raise InvalidInput(f"'{name}' is a file; give the model folder that it lies in.")
-    card = _card_of(str(name))
-    if card is not None and card.folder is not None:
-        return Located(folder=_built_in(card), variant=variant or card.variant, card=card)
     if card is None and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
         raise _unknown(name)
     wanted = _Wanted(
@@ -252,7 +253,7 @@ def _download(wanted: _Wanted, *, force: bool) -> Path:
     except Exception as error:  # as above
         raise _not_served(wanted, error) from error
     for file in sorted(set(files) - set(present)):
-        _check_hash(Path(folder) / file)
+        _check_download(Path(folder) / file)
     return Path(folder)
 
 
@@ -260,21 +261,20 @@ def _cached_file(wanted: _Wanted, file: str, commit: str) -> bool:
     return isinstance(try_to_load_from_cache(wanted.repo, file, cache_dir=wanted.cache_dir, revision=commit), str)
 
 
-def _check_hash(pointer: Path) -> None:
-    """Compare a downloaded file with the SHA-256 that names its blob (large files have one, small ones do not).
+def _check_download(pointer: Path) -> None:
+    """Compare a downloaded file with the SHA-256 that names its blob; small ones have none, but may be no web pages.
 
     Errors: CheckpointError; the file is removed from the cache first.
     """
-    expected = pointer.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{64}", expected):
-        return
-    digest = hashlib.sha256()
-    with pointer.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    try:
+        if hub_digest(pointer):
+            verify(pointer)
+        elif pointer.suffix == ".json":
+            read_json(pointer)
+    except CheckpointError as error:
         _forget(pointer)
-        raise CheckpointError(f"The download of {pointer.name} was damaged on the way and was removed: load it again.")
+        text = f"The download of {pointer.name} was damaged on the way and was removed"
+        raise CheckpointError(f"{text}: load it again, outside a network that asks for a login.") from error
 
 
 def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:
@@ -292,6 +292,8 @@ def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(cause, HfHubHTTPError):
         reason = f"answered with status {cause.response.status_code}"
+    elif isinstance(cause, json.JSONDecodeError):
+        reason = "was answered for by something else, perhaps the login page of this network,"
     else:
         reason = f"could not be used ({type(cause).__name__})"
     advice = "try again later (finished files are kept) or pass a folder"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana.checkpoints.foreign import first_line, foreign
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 
 MODEL_INDEX = "model_index.json"
@@ -18,6 +19,9 @@ LAYOUT_VERSION = "0.42.1"
 """The release of the reference whose layout is written; readers of these folders look for the key."""
 ROOT = ""
 """Name of the part whose files lie in the folder itself: a model saved alone."""
+
+MAX_JSON = 1 << 24
+"""Bytes of the largest configuration or shard index that is read."""
 
 _SHARD = r"-\d+-of-\d+"
 _INDEX_FILE = re.compile(r".*\.index(\.[\w-]+)?\.json")
@@ -66,15 +70,26 @@ class Weights:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; the literal `-Infinity` of published scheduler files is accepted.
 
-    Errors: ModelNotFound when there is no file, CheckpointError when it holds no JSON object.
+    Errors: ModelNotFound when there is no file, CheckpointError when it cannot be read, is absurdly large, or holds
+    no JSON object, a key twice or NaN.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise CheckpointError(f"{path} has more than {MAX_JSON >> 20} MB, which no model's has: do not use it.")
+        if kind := foreign(data[:512]):
+            raise CheckpointError(f"{path} is {kind}.")
+        value = json.loads(data.decode(), object_pairs_hook=_without_doubles, parse_constant=_infinity)
     except FileNotFoundError as error:
         text = f"There is no {path.name} in {path.parent}: it is no model folder, or its saving was interrupted."
         raise ModelNotFound(text) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -89,12 +104,17 @@ def index_parts(folder: Path) -> dict[str, tuple[str, str] | None]:
     """Return what `model_index.json` lists: part -> (library, class), or None for a part saved as absent."""
     parts: dict[str, tuple[str, str] | None] = {}
     for name, entry in read_json(folder / MODEL_INDEX).items():
-        if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2):
+        if name.startswith("_") or (not isinstance(entry, list) and name not in PARTS):
             continue
         if not re.fullmatch(r"\w+", name):
-            raise CheckpointError(f"{folder / MODEL_INDEX} names a part {name!r}, which is no folder name.")
-        library, class_name = entry
-        parts[name] = (str(library), str(class_name)) if class_name is not None else None
+            raise CheckpointError(f"{folder / MODEL_INDEX} names a part {name[:80]!r}, which is no folder name.")
+        if entry == [None, None]:
+            parts[name] = None
+        elif isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry):
+            parts[name] = (entry[0], entry[1])
+        else:
+            text = f"{folder / MODEL_INDEX} must name library and class of part '{name}'"
+            raise CheckpointError(f"{text}: copy the folder again.")
     return parts
 
 
@@ -224,6 +244,21 @@ def no_such_variant(variant: str, available: Sequence[str]) -> CheckpointError:
     return CheckpointError(f"{text} available. {choice}")
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"'{name}' is there twice")
+        table[name] = value
+    return table
+
+
+def _infinity(word: str) -> float:
+    if word == "NaN":
+        raise ValueError("NaN is no value")
+    return float(word)
+
+
 def _suffixes(use_safetensors: bool | None) -> tuple[str, ...]:
     return ("bin", "safetensors") if use_safetensors is False else ("safetensors",)
 
@@ -275,13 +310,16 @@ def _no_weights(where: str, names: set[str], part: Part, variant: str | None) ->
         advice = "if you trust their author pass use_safetensors=False once and save the model again"
         return CheckpointError(f"{where} has only pickled weights ({pickled[0]}), which are not opened: {advice}.")
     single, plain = part.names(variant, "bin")[0], part.names(None, "safetensors")[0]
-    text = f"Error no file named {single} found in directory {where}, and no {part.names(variant, 'safetensors')[0]}"
+    text = f"There are no weights in {where}, no {part.names(variant, 'safetensors')[0]}"
     others = sorted(set(_variants(names, part)) - {variant})
     if others:
-        return ModelNotFound(f"{text}; pass variant='{others[0]}' to load the variant that is there.")
-    if variant and plain in names:
-        return ModelNotFound(f"{text}; leave variant out to load the plain file that is there.")
-    return ModelNotFound(f"{text}: check the folder, or download the model again.")
+        text += f": pass variant='{others[0]}' to load the variant that is there"
+    elif variant and plain in names:
+        text += ": leave variant out to load the plain file that is there"
+    else:
+        text += ": check the folder, or download the model again"
+    # Callers of comparable libraries look for the words in brackets.
+    return ModelNotFound(f"{text} (Error no file named {single} found in directory {where}.)")
 
 
 _MODEL = Part(config="config.json", stem="diffusion_pytorch_model", pickle_stem="diffusion_pytorch_model")

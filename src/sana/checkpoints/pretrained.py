@@ -6,6 +6,7 @@ Shapes: B batch, L latent channels, H W image size, h w latent size.
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from sana.checkpoints import hub
+from sana.checkpoints.bounds import check_config
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, ROOT, Weights, find_weights, part_of, read_json
+from sana.checkpoints.storage import Leftovers, recover, saving, warn_if_open_to_all, write_json
 from sana.checkpoints.weights import (
     MAX_SHARD_SIZE,
     Stored,
     inspect,
     load_into,
-    save_weights,
+    on_meta,
+    outdated,
     stored_dtype,
-    sync,
-    write_json,
+    write_weights,
 )
 from sana.config import AutoencoderConfig, TransformerConfig
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
@@ -30,9 +33,6 @@ from sana.memory import tiling
 from sana.models.dc_ae import DCAutoencoder
 from sana.models.linear_dit import LinearDiT
 from sana.models.outputs import DecoderOutput, EncoderOutput
-
-MAX_INTEGER = 1 << 24
-"""No honest configuration holds a larger number; it bounds what a hostile one can ask for."""
 
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "disable_mmap")
 """Documented arguments of `from_pretrained` that ask for what is always done here."""
@@ -133,7 +133,7 @@ class PretrainedMixin(nn.Module):
     def load_config(cls, folder: str | Path, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
         """Return the `config.json` of a model as a dict; `where` are the arguments of `from_pretrained`."""
         located = hub.locate(folder, parts=(subfolder or ROOT,), **where)
-        return read_json(located.folder / (subfolder or ROOT) / "config.json")
+        return read_json(inside(located.folder, subfolder) / "config.json")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | TransformerConfig | AutoencoderConfig, **changes: Any) -> Self:
@@ -187,7 +187,7 @@ class PretrainedMixin(nn.Module):
             token=token,
             endpoint=endpoint,
         )
-        folder = located.folder / (subfolder or ROOT)
+        folder = inside(located.folder, subfolder)
         config = _read_config(folder)
         weights = find_weights(folder, part_of(subfolder or ROOT), located.variant, use_safetensors)
         stored = inspect(weights)
@@ -209,9 +209,9 @@ class PretrainedMixin(nn.Module):
         Errors: CheckpointError when the configuration is unusable or the tensors do not fit it.
         """
         where = weights.folder / "config.json"
-        _check_config(config, cls, len(stored), where)
+        check_config(config, where, num_tensors=len(stored), classes=[base.__name__ for base in cls.__mro__])
         try:
-            with torch.device("meta"):
+            with on_meta():
                 model = cls.from_config(config)
         except (InvalidInput, RuntimeError, TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
@@ -228,27 +228,34 @@ class PretrainedMixin(nn.Module):
         safe_serialization: bool = True,
         is_main_process: bool = True,
     ) -> None:
-        """Write `config.json` and the weights; the configuration comes last, so a killed save does not look complete.
+        """Write `config.json` and the weights, all at once: a killed save leaves what was there before.
 
-        Errors: InvalidInput for a path that is a file; NonFinite for weights with NaN.
+        Errors: InvalidInput for a path that is a file; NonFinite for weights with NaN; OSError naming the file.
         """
         if not is_main_process:
             return
         folder = Path(save_directory)
-        if folder.is_file():
-            raise InvalidInput(f"'{folder}' is a file; give a folder to save the model to.")
-        (folder / "config.json").unlink(missing_ok=True)
-        save_weights(
-            self.state_dict(),
-            folder,
-            part_of(ROOT),
-            variant=variant,
-            max_shard_size=max_shard_size,
-            safe_serialization=safe_serialization,
-        )
+        leftovers: list[Leftovers] = []
+        with saving(folder, leftovers) as stage:
+            options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
+            leftovers.append(self.write_files(stage, folder, safe_serialization=safe_serialization, **options))
+
+    def write_files(
+        self,
+        stage: Path,
+        folder: Path,
+        *,
+        variant: str | None,
+        max_shard_size: int | str,
+        safe_serialization: bool,
+    ) -> Leftovers:
+        """Write the files of `save_pretrained` into `stage`; return what tells which of `folder` they make useless."""
+        options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
+        part, suffix = part_of(ROOT), "safetensors" if safe_serialization else "bin"
+        written = write_weights(self.state_dict(), stage, part, safe_serialization=safe_serialization, **options)
         header = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        write_json(folder / "config.json", {**header, **self.config.to_dict()})
-        sync(folder)
+        write_json(stage / "config.json", {**header, **self.config.to_dict()})
+        return partial(outdated, folder, part, variant, suffix, written)
 
 
 class SanaTransformer2DModel(PretrainedMixin, LinearDiT):
@@ -343,22 +350,22 @@ class AutoencoderDC(PretrainedMixin, DCAutoencoder):
         )
 
 
+def inside(folder: Path, subfolder: str | None) -> Path:
+    """Return a part's folder, with an interrupted save finished.
+
+    Errors: InvalidInput for a `subfolder` that leads out of the folder.
+    """
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise InvalidInput(f"subfolder is {subfolder!r}; it must name a folder inside the model's.")
+    place = folder / (subfolder or ROOT)
+    recover(folder)
+    recover(place)
+    if place.is_dir():
+        warn_if_open_to_all(place)
+    return place
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / MODEL_INDEX).is_file() and not (folder / "config.json").is_file():
         raise InvalidInput(f"{folder} is the folder of a pipeline; pass subfolder='transformer' or subfolder='vae'.")
     return read_json(folder / "config.json")
-
-
-def _check_config(config: Mapping[str, Any], cls: type, num_tensors: int, where: Path) -> None:
-    """Refuse a configuration of another class, or one that asks for absurd sizes, before anything is built from it."""
-    named = config.get("_class_name", cls.__name__)
-    if named not in [base.__name__ for base in cls.__mro__]:
-        text = f"{where} is the configuration of {named}, not of {cls.__name__}"
-        raise CheckpointError(f"{text}: load it with the class it names.")
-    for key, value in config.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) > MAX_INTEGER:
-                raise CheckpointError(f"{where} sets {key} to {number}, which no real model has.")
-            if "layers" in key and isinstance(number, int) and number > num_tensors:
-                text = f"{where} asks for {number} {key} but the files hold only {num_tensors} tensors"
-                raise CheckpointError(f"{text}: configuration and weights do not belong together.")

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from sana.checkpoints import hub
 from sana.checkpoints.layout import LAYOUT_VERSION, part_of, read_json
-from sana.checkpoints.weights import sync, write_json
+from sana.checkpoints.storage import recover, write_json
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow import schedulers as flow
 from sana.flow.scheduler_base import Face
@@ -35,6 +35,7 @@ class SchedulerFiles(Face):
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Load the settings from the folder that the file lies in; errors as `from_pretrained`."""
+        recover(folder)
         config = read_json(folder / _FILE)
         try:
             return cls.from_config(config)
@@ -46,7 +47,6 @@ class SchedulerFiles(Face):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / _FILE, {**self.to_config(), "_diffusers_version": LAYOUT_VERSION})
-        sync(folder)
 
 
 class DPMSolverMultistepScheduler(SchedulerFiles, flow.DPMSolverMultistepScheduler):

@@ -1,22 +1,34 @@
-"""Tokenizer and text encoder: made by transformers, but found, checked and reported like the other parts.
+"""Tokenizer and text encoder: classes of transformers, but found, read, checked and saved like the other parts.
 
-Only classes named here are ever loaded, from local files and without code from the folder. transformers is imported
-when it is needed.
+Only classes named here are ever loaded, from local files and without code from the folder. Of the encoder, transformers
+never sees the folder: it would also follow adapters, pickled shards and hub names that lie there. transformers is
+imported when it is needed.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sana.checkpoints.bounds import check_config, check_no_code
+from sana.checkpoints.foreign import first_line
 from sana.checkpoints.layout import find_weights, part_of, read_json
-from sana.checkpoints.weights import inspect, is_finite
-from sana.errors import CheckpointError
+from sana.checkpoints.storage import Leftovers
+from sana.checkpoints.weights import check_names, inspect, on_meta, outdated, read_state, write_weights
+from sana.errors import CheckpointError, ModelNotFound
 
 TEXT_ENCODERS = ("Gemma2Model", "Gemma2ForCausalLM")
 TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer")
+
+MAX_TOKENIZER = 1 << 27
+"""Bytes of the largest file of a tokenizer; Gemma's has a quarter of it."""
+
+_HEAD = "lm_head.weight"
+_BASE = "model."
+"""What the names of the encoder's tensors begin with in a model that also has a head."""
 
 
 def load_tokenizer(folder: Path, class_name: str) -> Any:
@@ -26,12 +38,32 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     """
     import transformers
 
-    read_json(folder / part_of("tokenizer").config)
+    config = folder / part_of("tokenizer").config
+    check_no_code(read_json(config), config)
+    vocabulary = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    if not vocabulary:
+        text = f"There is no tokenizer.json in {folder}, so there are no words"
+        raise ModelNotFound(f"{text}: download or copy the folder again.")
+    for path in folder.iterdir():
+        if path.is_file() and path.stat().st_size > MAX_TOKENIZER:
+            text = f"{path} has more than {MAX_TOKENIZER >> 20} MB, which no tokenizer's has"
+            raise CheckpointError(f"{text}: do not use this model.")
     name = "AutoTokenizer" if class_name in ("PreTrainedTokenizerFast", "TokenizersBackend") else class_name
     try:
         return getattr(transformers, name).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the foreign library raises for bad files
-        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded ({_first_line(error)}).") from error
+        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded ({first_line(error)}).") from error
+
+
+def check_vocabulary(tokenizer: Any, text_encoder: Any, folder: Path) -> None:
+    """Refuse a tokenizer whose words the text encoder does not have, or far too few of them.
+
+    Errors: CheckpointError with both numbers.
+    """
+    words, rows = len(tokenizer), text_encoder.get_input_embeddings().weight.shape[0]
+    if words > rows or words < rows - max(1024, rows // 8):  # tables are padded, but not by that much
+        text = f"The tokenizer in {folder} has {words} tokens and the text encoder {rows}"
+        raise CheckpointError(f"{text}: they belong to different models, copy both from the same one.")
 
 
 def load_text_encoder(
@@ -46,34 +78,48 @@ def load_text_encoder(
     """Load a text encoder strictly, in evaluation mode.
 
     Errors: ModelNotFound and CheckpointError as for our own models: no file, damaged file, missing, unexpected,
-    misshapen or non-finite tensors.
+    misshapen or non-finite tensors, a configuration that asks for code or absurd sizes.
     """
     import transformers
 
-    read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     weights = find_weights(folder, part_of("text_encoder"), variant, use_safetensors)
-    inspect(weights)
+    stored = inspect(weights)
+    check_config(values, folder / "config.json", num_tensors=len(stored))
+    model_class = getattr(transformers, class_name)
     try:
-        with no_progress_bars():
-            model, info = getattr(transformers, class_name).from_pretrained(
-                folder,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=not weights.files[0].endswith(".bin"),
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # whatever the foreign library raises for bad files
-        raise CheckpointError(f"The text encoder in {folder} cannot be loaded ({_first_line(error)}).") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for found in sorted(map(str, info[kind])):
-            what = kind.removesuffix("_keys").replace("mismatched", "misshapen")
-            raise CheckpointError(f"The tensors in {folder} do not fit its config.json: {what}, first '{found}'.")
-    for name, tensor in model.state_dict().items():
-        if not is_finite(tensor):
-            kind = str(dtype).removeprefix("torch.")
-            raise CheckpointError(f"Tensor '{name}' in {folder} holds NaN or infinity when read in {kind}.")
+        config = model_class.config_class(**_known_fields(values, model_class.config_class))
+        with on_meta():
+            expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+    except Exception as error:  # whatever the foreign library raises for bad values
+        text = f"{folder / 'config.json'} describes no text encoder that can be built ({first_line(error)})"
+        raise CheckpointError(f"{text}: copy the folder again.") from error
+    renamed = {name: _renamed(name, expected) for name in stored}
+    if config.tie_word_embeddings and _HEAD not in stored:
+        expected.pop(_HEAD, None)  # it is the table of the embeddings once more
+    check_names(expected, {renamed[name]: entry for name, entry in stored.items()}, str(folder))
+    state = {renamed[name]: tensor for name, tensor in read_state(weights, dtype=dtype, device=device).items()}
+    with no_progress_bars():
+        model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model.to(device).eval()
+
+
+def write_text_encoder(model: Any, stage: Path, folder: Path, **options: Any) -> Leftovers:
+    """Write a model of `TEXT_ENCODERS` into `stage`; return what tells which files of `folder` it makes useless.
+
+    `options` are those of `write_weights`; the format is always safetensors.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(stage)
+    if model.can_generate():
+        model.generation_config.save_pretrained(stage)
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        state.pop(_HEAD, None)
+    part = part_of("text_encoder")
+    written = write_weights(state, stage, part, **options)
+    return partial(outdated, folder, part, options.get("variant"), "safetensors", written)
 
 
 @contextlib.contextmanager
@@ -90,5 +136,16 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _known_fields(values: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
+    """Return the fields that describe the architecture; others could name kernels, adapters or files elsewhere."""
+    known = config_class().to_dict()
+    names = {*known, "torch_dtype", "architectures", "head_dim", "rope_theta", "rope_scaling"}
+    return {name: value for name, value in values.items() if name in names and not name.startswith("_")}
+
+
+def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name that a tensor has in the wanted class; files of the class with and without a head differ."""
+    if name in expected:
+        return name
+    other = name.removeprefix(_BASE) if name.startswith(_BASE) else _BASE + name
+    return other if other in expected else name

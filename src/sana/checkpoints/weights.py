@@ -1,28 +1,25 @@
-"""Tensors between files and modules: strict reading with one copy in memory, writing that appears whole or not at all.
+"""Tensors between files and modules: strict reading with one copy in memory, writing as one file or as shards."""
 
-Files are read with `pread`, never mapped: a file that is replaced or cut while it is read gives an error, not a signal.
-"""
-
-import json
-import os
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from sana.checkpoints.digests import has_digest, verified
+from sana.checkpoints.foreign import read_pickle
 from sana.checkpoints.layout import Part, Weights
+from sana.checkpoints.storage import naming, write_json
+from sana.checkpoints.tensors import read_header, read_tensors, write_tensors
 from sana.errors import CheckpointError, InvalidInput, NonFinite
 
 MAX_SHARD_SIZE = "10GB"
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05", b"7z\xbc\xaf", b"\x1f\x8b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,13 @@ def stored_dtype(stored: Mapping[str, Stored]) -> torch.dtype:
     return next((entry.dtype for entry in stored.values() if entry.dtype.is_floating_point), torch.float32)
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build modules without memory for their weights, and without drawing any."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
 def load_into(
     module: nn.Module,
     weights: Weights,
@@ -65,26 +69,39 @@ def load_into(
     """Give a module built on the meta device the tensors of `weights`, cast to `dtype` (None: as stored).
 
     Memory peaks at the module plus one tensor. Integer tensors keep their dtype.
-    Errors: CheckpointError naming the folder and the first tensor that is missing, unexpected, of a wrong shape or not
-    finite; names and shapes are checked before any data is read.
+    Errors: as `check_names`, before any data is read, and `read_state`.
     """
-    check_names(module, stored, str(weights.folder))
-    dtype = dtype or stored_dtype(stored)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_names(expected, stored, str(weights.folder))
+    module.load_state_dict(read_state(weights, dtype=dtype or stored_dtype(stored), device=device), assign=True)
+
+
+def read_state(weights: Weights, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return all tensors, floating ones cast to `dtype`; files that carry a digest are compared with it meanwhile.
+
+    Errors: CheckpointError naming the tensor that is not finite or, in a file that this package did not write, all
+    zero; naming the file that is damaged.
+    """
     state: dict[str, Tensor] = {}
-    for path in weights.paths:
-        for name, tensor in _tensors(path):
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            if not is_finite(state[name]):
-                raise CheckpointError(_not_finite(name, path, tensor, state[name].dtype))
-    module.load_state_dict(state, assign=True)
+    with verified([path for path in weights.paths if path.suffix != ".bin"]):
+        for path in weights.paths:
+            ours = has_digest(path)
+            for name, tensor in _tensors(path, dtype):
+                state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                low, high = _range(state[name])
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise CheckpointError(_not_finite(name, path, tensor, dtype))
+                if low == high == 0 and not ours and _is_zero_matrix(tensor):
+                    text = f"Tensor '{name}' in {path} is all zero, as after an interrupted copy"
+                    raise CheckpointError(f"{text}: download or copy the file again.")
+    return state
 
 
-def check_names(module: nn.Module, stored: Mapping[str, Stored], where: str) -> None:
-    """Compare names and shapes with what the module needs.
+def check_names(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: str) -> None:
+    """Compare names and shapes with what a module needs.
 
     Errors: CheckpointError that counts missing, unexpected and misshapen tensors and names the first of each.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     misshapen = [name for name in expected if name in stored and stored[name].shape != expected[name]]
@@ -102,13 +119,10 @@ def check_names(module: nn.Module, stored: Mapping[str, Stored], where: str) -> 
 
 def is_finite(tensor: Tensor) -> bool:
     """Tell whether all values are finite, in one pass and without a temporary; integers always are."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
-        return True
-    low, high = torch.aminmax(tensor.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return all(map(math.isfinite, _range(tensor)))
 
 
-def save_weights(
+def write_weights(
     state: Mapping[str, Tensor],
     folder: Path,
     part: Part,
@@ -116,11 +130,9 @@ def save_weights(
     variant: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     safe_serialization: bool = True,
-) -> Weights:
-    """Write tensors as one file, or as shards of at most `max_shard_size` with their index, and return the names.
+) -> frozenset[str]:
+    """Write tensors as one file, or as shards of at most `max_shard_size` with their index; return the files' names.
 
-    Every file is written beside its place, flushed to the disk and renamed, the index last; shards of an earlier save
-    of the same variant are removed afterwards.
     Errors: NonFinite naming the tensor that is not finite; InvalidInput for a `max_shard_size` that is no size.
     """
     for name, tensor in state.items():
@@ -135,124 +147,62 @@ def save_weights(
         text = f"max_shard_size is {max_shard_size!r}; it must be a number of bytes or a text such as '5GB'."
         raise InvalidInput(text) from error
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    for name, keys in split.filename_to_tensors.items():
-        shard = {key: state[key].detach().cpu().contiguous() for key in keys}
-        publish(folder / name, partial(_write_shard, shard, safe_serialization))
-    if split.is_sharded:
-        table = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / index, table)
-    files = set(split.filename_to_tensors) | ({index} if split.is_sharded else set())
-    for old in folder.iterdir():
-        ours = old.name in (single, index) or part.is_shard(old.name, variant, suffix)
-        if ours and old.name not in files:
-            old.unlink()
-    sync(folder)
-    return Weights(folder=folder, files=tuple(sorted(split.filename_to_tensors)))
+    for file, keys in split.filename_to_tensors.items():
+        shard = {key: state[key] for key in keys}
+        if safe_serialization:
+            write_tensors(folder / file, shard)
+        else:
+            with naming(folder / file):
+                torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}, folder / file)
+    if not split.is_sharded:
+        return frozenset(split.filename_to_tensors)
+    write_json(folder / index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return frozenset((*split.filename_to_tensors, index))
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Publish a mapping as the published model files have it: indented, keys sorted."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    publish(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk and rename it: `path` is never half written."""
-    beside = path.with_name(f".{path.name}.saving-{os.getpid()}")
-    try:
-        write(beside)
-        beside.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files private
-        sync(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; systems that cannot open folders flush them themselves."""
-    if os.name != "posix" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def settle(folder: Path) -> None:
-    """Give the files that a foreign library wrote the folder's permissions, and flush them to the disk."""
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(folder.stat().st_mode & 0o666)
-            sync(path)
-    sync(folder)
-
-
-def sweep(folder: Path) -> None:
-    """Remove the unfinished files that a killed save left behind."""
-    for orphan in folder.glob(".*.saving-*"):
-        orphan.unlink(missing_ok=True)
-
-
-def _write_shard(shard: dict[str, Tensor], safe_serialization: bool, path: Path) -> None:
-    if safe_serialization:
-        save_file(shard, path, metadata={"format": "pt"})
-    else:
-        torch.save(shard, path)
+def outdated(folder: Path, part: Part, variant: str | None, suffix: str, written: frozenset[str]) -> tuple[str, ...]:
+    """Return the files of an earlier save of the same variant that a new one does not overwrite."""
+    if part.stem is None:
+        return ()
+    single, index = part.names(variant, suffix)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    ours = (name for name in names if name in (single, index) or part.is_shard(name, variant, suffix))
+    return tuple(name for name in ours if name not in written)
 
 
 def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     if path.suffix == ".bin":
-        for name, tensor in _pickled(path).items():
-            yield name, tuple(tensor.shape), tensor.dtype
-        return
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                view = file.get_slice(name)
-                if view.get_dtype() not in _DTYPES:
-                    known = f"known are {', '.join(_DTYPES)}"
-                    raise CheckpointError(f"Tensor '{name}' in {path} has dtype {view.get_dtype()}; {known}.")
-                yield name, tuple(view.get_shape()), _DTYPES[view.get_dtype()]
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        yield from ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in read_pickle(path).items())
+    else:
+        yield from ((entry.name, entry.shape, entry.dtype) for entry in read_header(path))
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
-        for name, tensor in _pickled(path).items():
-            yield name, tensor.clone()  # the original is a view of the mapped file
-        return
-    try:
-        with safe_open(path, framework="pt", backend="pread") as file:
-            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        yield from ((name, tensor.clone()) for name, tensor in read_pickle(path).items())
+    else:
+        yield from read_tensors(path, dtype)
 
 
-def _pickled(path: Path) -> dict[str, Tensor]:
-    """Read a `.bin` that the caller allowed, with the unpickler that only makes tensors."""
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a hostile or cut pickle may raise anything
-        raise CheckpointError(f"{path} cannot be read as plain tensors: {_first_line(error)}") from error
-    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
-        raise CheckpointError(f"{path} must hold a mapping of names to tensors and nothing else.")
-    return {str(name): tensor for name, tensor in value.items()}
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """Return the least and the greatest value; (0, 0) for tensors that hold no floating-point data."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return 0.0, 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return float(low), float(high)
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError:
-        return CheckpointError(f"{path} cannot be opened: {_first_line(error)}")
-    if start.startswith(_PICKLE_STARTS):
-        return CheckpointError(f"{path} is a pickle or an archive under a safetensors name; it is not opened.")
-    text = f"{path} is damaged or cut short ({_first_line(error).rstrip('.')})"
-    return CheckpointError(f"{text}: delete it and download or copy it again.")
+class _NoInitialisation(TorchFunctionMode):
+    """Skips the functions of `torch.nn.init`, which take half of the time that building on the meta device takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_zero_matrix(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0 and not bool(tensor.any())
 
 
 def _not_finite(name: str, path: Path, stored: Tensor, dtype: torch.dtype) -> str:
@@ -260,21 +210,3 @@ def _not_finite(name: str, path: Path, stored: Tensor, dtype: torch.dtype) -> st
         kind = str(dtype).removeprefix("torch.")
         return f"Tensor '{name}' in {path} does not fit into {kind}: choose torch_dtype=torch.bfloat16 or float32."
     return f"Tensor '{name}' in {path} holds NaN or infinity: the file is damaged or its training failed."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}

@@ -7,8 +7,6 @@ from typing import Any, ClassVar, Self
 import torch
 
 from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, DtypeChoice, save_parts
-from sana.checkpoints.layout import MODEL_INDEX, read_json
-from sana.checkpoints.weights import write_json
 from sana.engine.parts import CARD_KEY, Parts, load, pick_device
 from sana.errors import InvalidInput, did_you_mean
 
@@ -121,10 +119,8 @@ class Pipeline:
             variant=variant,
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
+            notes={CARD_KEY: self.parts.card.name} if self.parts.card is not None else None,
         )
-        if self.parts.card is not None:
-            index = Path(save_directory) / MODEL_INDEX
-            write_json(index, {**read_json(index), CARD_KEY: self.parts.card.name})
 
     @property
     def components(self) -> dict[str, Any]:
@@ -183,6 +179,17 @@ class Pipeline:
         if softened and not silence_dtype_warnings:
             _log.warning("%s: cast to bfloat16 because float16 overflows there", " and ".join(softened))
         return self
+
+    def compile(self, cache_dir: str | Path | None = None) -> None:
+        """Let transformer and decoder run compiled from the next picture on, which takes longer for that.
+
+        Args:
+            cache_dir: where the compiled code is kept for later runs; left out, the user's cache.
+
+        Raises:
+            MissingDependency: there is no C++ compiler.
+        """
+        self.parts.compile(cache_dir)
 
     def enable_vae_slicing(self) -> None:
         """Decode the images of a batch one by one, which needs less memory."""

@@ -2,10 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from sana.checkpoints.storage import naming, write_all
 
 WIDTH, HEIGHT, SCALE = 960, 420, 2
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 40, 44
@@ -15,24 +18,45 @@ SMOOTHING = 0.9
 Points = list[tuple[float, float]]
 
 
+def append_line(metrics: Path, line: Mapping[str, object]) -> None:
+    """Add a line to a log; what a killed run left of its last line stays a line of its own.
+
+    Errors: OSError naming the log, which is then as it was.
+    """
+    with naming(metrics), metrics.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = end > 0 and file.read(1) != b"\n"
+        try:
+            write_all(file, (b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def read_series(metrics: Path) -> dict[str, Points]:
-    """Series name to (step, value): the loss, smoothed, and every held-out figure. Later lines replace earlier ones."""
-    lines: dict[int, dict[str, object]] = {}
-    for text in metrics.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        lines[int(line["step"])] = line
+    """Series name to (step, value): the loss, smoothed, and every held-out figure. Later lines replace earlier ones.
+
+    Lines that are not whole are skipped.
+    """
+    lines: dict[int, tuple[float, dict[str, float]]] = {}
+    for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            figures = {str(name): float(value) for name, value in (line.get("held_out") or {}).items()}
+            lines[int(line["step"])] = float(line["loss"]), figures
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            continue
     series: dict[str, Points] = {"loss": []}
     smooth: float | None = None
     for step in sorted(lines):
-        line = lines[step]
-        loss = float(line["loss"])  # type: ignore[arg-type]
+        loss, figures = lines[step]
         if math.isfinite(loss):
             smooth = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
             series["loss"].append((step, smooth))
-        held_out = line.get("held_out")
-        if isinstance(held_out, dict):
-            for name, value in held_out.items():
-                series.setdefault(name, []).append((step, float(value)))
+        for name, value in figures.items():
+            if math.isfinite(value):
+                series.setdefault(name, []).append((step, value))
     return {name: points for name, points in series.items() if points}
 
 
@@ -52,7 +76,7 @@ def draw_curve(metrics: Path, title: str) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13 * SCALE)
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    last = max((points[-1][0] for points in series.values()), default=1)
+    last = max((points[-1][0] for points in series.values()), default=1) or 1
 
     def at(x: float, y: float) -> tuple[float, float]:
         return x * SCALE, y * SCALE

@@ -6,7 +6,6 @@ micro-batches and average their gradients; the first of them writes the files.
 """
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import distributed
 
+from sana.checkpoints.storage import publish
 from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.curve import draw_curve
+from sana.training.curve import append_line, draw_curve
 from sana.training.objectives.base import Objective
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
@@ -79,15 +79,19 @@ class Trainer:
         if state is None:
             return
         for key in ("objective", "seed", "batch_size", "optimizer"):
-            if state.facts[key] != self._facts()[key]:
+            if state.facts.get(key) != self._facts()[key]:
                 raise InvalidInput(
-                    f"The run in '{self.folder}' was started with {key} {state.facts[key]!r}, not "
+                    f"The run in '{self.folder}' was started with {key} {state.facts.get(key)!r}, not "
                     f"{self._facts()[key]!r}; use another folder, or the same setting."
                 )
-        self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
-        self.optimizers.load(dict(state.parts["optimizer"]))
-        self.average.values = {name: tensor.clone() for name, tensor in state.parts["ema"].items()}
-        self.step, self.refused = state.step, int(state.facts["refused"])
+        try:
+            self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
+            self.optimizers.load(dict(state.parts["optimizer"]))
+            self.average.values = {name: state.parts["ema"][name].clone() for name in self.average.values}
+        except (KeyError, RuntimeError) as error:
+            text = f"The run in '{self.folder}' trained another model than this recipe describes"
+            raise InvalidInput(f"{text}; use another folder, or the same settings.") from error
+        self.step, self.refused = state.step, int(state.facts.get("refused", 0))
         logger.info("resumed '%s' at step %d", self.folder, self.step)
 
     def save(self) -> None:
@@ -198,10 +202,14 @@ class Trainer:
         line: dict[str, Any] = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
         if report.figures is not None:
             line["held_out"] = report.figures
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if report.figures is not None:
-            draw_curve(self.folder / "metrics.jsonl", self.objective.name).save(self.folder / "loss.png")
+        log = self.folder / "metrics.jsonl"
+        try:
+            append_line(log, line)
+            if report.figures is not None:
+                picture = draw_curve(log, self.objective.name)
+                publish(self.folder / "loss.png", lambda beside: picture.save(beside, "PNG"))
+        except OSError as error:  # the weights matter, not the log
+            logger.warning("step %d is not in the log (%s: %s)", report.step, error.filename, error.strerror)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights through the objective."""

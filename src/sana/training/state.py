@@ -1,9 +1,7 @@
-"""Training state on disk: safetensors and JSON in a folder that appears by one rename, so that it is whole or
-absent.
-"""
+"""Training state on disk: safetensors and JSON in a folder that appears at once, so that it is whole or absent."""
 
 import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sana.checkpoints.digests import verified
+from sana.checkpoints.layout import read_json
+from sana.checkpoints.storage import naming, recover, saving, sweep
+from sana.checkpoints.tensors import read_tensors, write_tensors
 from sana.errors import CheckpointError
 
 KEEP = 2
+VERSION = 1
+"""Of the layout; a state with a higher one was written by a later release."""
+
+_FACTS = "state.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,52 +34,71 @@ class State:
     facts: Mapping[str, Any]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_state(folder: Path, state: State) -> Path:
-    """Write `folder/step-00000042`; the older ones but the last are removed only after the new one is safe."""
+    """Write `folder/step-00000042`; the older ones but the last are removed only after the new one is safe.
+
+    Errors: OSError naming the file that could not be written; what was there before is as it was.
+    """
     target = folder / f"step-{state.step:08d}"
-    partial = folder / f".partial-{state.step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part, tensors in state.parts.items():
-        file = partial / f"{part}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-        _sync(file)
-    facts = partial / "state.json"
-    facts.write_text(json.dumps({"step": state.step, **state.facts}, indent=1), encoding="utf-8")
-    _sync(facts)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    with saving(target) as stage:
+        for part, tensors in state.parts.items():
+            write_tensors(stage / f"{part}.safetensors", tensors)
+        facts = {"version": VERSION, "step": state.step, "parts": sorted(state.parts), **state.facts}
+        with naming(stage / _FACTS):
+            (stage / _FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    for old in _whole(folder)[:-KEEP]:
+        (old / _FACTS).unlink()  # without it the folder is no state, however far its removal gets
         shutil.rmtree(old)
     return target
 
 
 def load_state(folder: Path) -> State | None:
-    """Read the newest whole state below `folder`, or None when there is none; orphans of killed saves are swept."""
+    """Read the newest whole state below `folder`, or None when there is none; what killed saves left is swept.
+
+    A damaged state is set aside with a message, and the one before it is read.
+    Errors: CheckpointError when there are states and none can be read, or when a later release wrote them.
+    """
     for orphan in folder.glob(".partial-*"):
         shutil.rmtree(orphan)
-    found = sorted(folder.glob("step-*"))
-    if not found:
-        return None
-    newest = found[-1]
-    try:
-        facts = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        parts = {file.stem: load_file(file) for file in sorted(newest.glob("*.safetensors"))}
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The training state '{newest}' cannot be read ({error}); remove it to go on from an older one."
-        ) from error
-    return State(step=int(facts.pop("step")), parts=parts, facts=facts)
+    for place in folder.glob("step-*"):
+        recover(place)
+        sweep(place)
+        if not any(place.iterdir()):
+            place.rmdir()
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for place in reversed(_whole(folder)):
+        try:
+            state = _read(place)
+        except CheckpointError as error:
+            damaged.append((place, error))
+            continue
+        for bad, fault in damaged:
+            _log.error("the training state %s cannot be used (%s) going on from step %d", bad, fault, state.step)
+            bad.rename(bad.with_name(f"damaged-{bad.name}"))
+        return state
+    if damaged:
+        text = f"No training state in {folder} can be read; the newest: {damaged[0][1]}"
+        raise CheckpointError(f"{text} Remove the folder to begin again.") from damaged[0][1]
+    return None
+
+
+def _whole(folder: Path) -> list[Path]:
+    """Return the states that were saved to the end, the oldest first."""
+    return sorted(place for place in folder.glob("step-*") if (place / _FACTS).is_file())
+
+
+def _read(place: Path) -> State:
+    facts = read_json(place / _FACTS)
+    version, step = facts.pop("version", VERSION), facts.pop("step", None)
+    files = sorted(place.glob("*.safetensors"))
+    wanted = facts.pop("parts", [file.stem for file in files])
+    if version != VERSION:
+        raise CheckpointError(f"{place} was written by another release (version {version}): update sanakit.")
+    if not isinstance(step, int) or wanted != [file.stem for file in files]:
+        raise CheckpointError(f"{place} is not whole: a file is missing or its {_FACTS} is damaged.")
+    with verified(files):
+        parts = {file.stem: dict(read_tensors(file)) for file in files}
+    return State(step=step, parts=parts, facts=facts)
 
 
 class Average:

@@ -24,8 +24,6 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sana.checkpoints.folder import save_parts
-from sana.checkpoints.layout import MODEL_INDEX, read_json
-from sana.checkpoints.weights import write_json
 from sana.config import TransformerConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
@@ -247,9 +245,6 @@ class FlowMatchingObjective:
             "transformer": finished.half(),
             "vae": AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float16),
         }
-        save_parts(folder, parts)
+        save_parts(folder, parts, notes={CARD_KEY: self.settings.card} if self.settings.card else None)
         # The library adds facts of this machine to the file; the one that was trained with says all.
         shutil.copy(self.store.text / "tokenizer" / "tokenizer_config.json", folder / "tokenizer")
-        if self.settings.card:
-            index = folder / MODEL_INDEX
-            write_json(index, {**read_json(index), CARD_KEY: self.settings.card})
