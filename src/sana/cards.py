@@ -1,7 +1,7 @@
 """CARDS: one table of every released SANA checkpoint and of the built-in model. Torch-free.
 
-Sources: the model tables of the public documentation (hub ids, variants, dtypes), the model cards (licence, languages)
-and the published configuration files. Parameter counts are those of the transformer.
+Sources: the model tables of the public documentation (hub ids, variants, dtypes), the model cards (licence, languages,
+limits, bias) and the published configuration files. Parameter counts are those of the transformer.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,25 @@ from dataclasses import dataclass, field, replace
 from sana.config import AutoencoderConfig, TransformerConfig
 
 NVIDIA_LICENCE = "NVIDIA licence (NSCL v2-custom) and Gemma terms of use"
+GEMMA_TERMS = ("https://ai.google.dev/gemma/terms", "https://ai.google.dev/gemma/prohibited_use_policy")
+PUBLISHED_LIMITS = (
+    "photographs are not perfectly real",
+    "longer text in a picture is not legible",
+    "hands, fingers and crowded scenes often go wrong",
+    "the autoencoder loses fine detail",
+)
+PUBLISHED_BIAS = "It can repeat, or make stronger, the social biases of its training pictures."
+PUBLISHED_SCOPE = "True pictures of real people or events: it was not trained for facts."
 HALF = {"transformer": "float16", "text_encoder": "bfloat16", "vae": "bfloat16"}
 BFLOAT = {"transformer": "bfloat16", "text_encoder": "bfloat16", "vae": "bfloat16"}
 FULL = {"transformer": "float32", "text_encoder": "float32", "vae": "float32"}
+
+TEXT_ENCODER_PARAMS = 2_614_341_888
+"""Gemma-2-2B without its language head, which every published model brings along."""
+AUTOENCODER_PARAMS = 312_250_275
+"""DC-AE f32c32, encoder and decoder."""
+TOKENIZER_BYTES = 40_000_000
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +73,30 @@ class Card:
     """Whether the model card limits use to research."""
     note: str = ""
     """What a user should know before choosing it."""
+    limits: tuple[str, ...] = PUBLISHED_LIMITS
+    """What it does badly."""
+    bias: str = PUBLISHED_BIAS
+    """What its training data may have taught it."""
+    not_for: str = PUBLISHED_SCOPE
+    """What it must not be used for, besides what the licence forbids."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Where the terms of the weights can be read."""
+        return () if not self.hub_id else (f"https://huggingface.co/{self.hub_id}", *GEMMA_TERMS)
+
+    @property
+    def download_bytes(self) -> dict[str, int]:
+        """About how many bytes of each part are downloaded: its parameters in the precision they are published in."""
+        if not self.hub_id:
+            return {}
+        counts = {
+            "text_encoder": TEXT_ENCODER_PARAMS,
+            "transformer": self.params,
+            "vae": AUTOENCODER_PARAMS,
+        }
+        sizes = {part: count * _BYTES[self.dtypes[part]] for part, count in counts.items()}
+        return {"tokenizer": TOKENIZER_BYTES, **sizes}
 
 
 SANA_AUTOENCODER = AutoencoderConfig(
@@ -166,6 +206,12 @@ _NANO = Card(
     licence="Apache-2.0",
     research_only=False,
     note="A toy that comes with the package: it draws the paper cut-outs it was trained on, to show that all works.",
+    limits=(
+        "it knows a few shapes, colours and places, and nothing else",
+        "words beyond these are ignored or misread",
+    ),
+    bias="It saw drawn shapes only: no people, no photographs.",
+    not_for="Pictures to be used: it is there to try and to test the program.",
 )
 
 _ALL = (

@@ -39,6 +39,10 @@ class CheckpointError(SanaError, ValueError):
     exit_code = 3
 
 
+class NotWritten(SanaError, OSError):
+    """A file could not be written: the disk is full, read-only or broken; nothing was left behind."""
+
+
 class OutOfMemory(SanaError, RuntimeError):
     """The device ran out of memory."""
 
@@ -50,6 +54,38 @@ class NonFinite(SanaError, ArithmeticError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close."""
-    close = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """Return `" Did you mean 'x'?"` for the closest of `choices`, or an empty string when none is close.
+
+    Upper and lower case are the same. Close is what the word begins, what a slip or two of the fingers make of it, what
+    it ends, and what it is a longer part of.
+    """
+    known = {choice.lower().lstrip("-"): choice for choice in choices}  # hyphens would make all flags alike
+    bare = word[:_LONGEST].lower().lstrip("-")
+    part = bare.strip("_./ ")
+    slips = {choice: _slips(bare, choice) for choice in known}
+    slipped = sorted((choice for choice in known if slips[choice] <= max(1, len(bare) // 4)), key=lambda c: slips[c])
+    close = slipped or difflib.get_close_matches(bare, known, n=1, cutoff=0.6)
+    if len(part) >= 3:
+        begun = [choice for choice in known if choice.startswith(part)]
+        within = [choice for choice in known if choice.endswith(part) or (len(part) >= 5 and part in choice)]
+        close = begun or close or within
+    return f" Did you mean '{known[close[0]]}'?" if close and bare else ""
+
+
+def _slips(word: str, choice: str) -> int:
+    """Return how many letters are wrong, missing, too many or swapped with the next."""
+    before: list[int] = []
+    row = list(range(len(choice) + 1))
+    for i, letter in enumerate(word):
+        above, row_before, row = row, before, [i + 1]
+        for j, other in enumerate(choice):
+            cost = min(above[j] + (letter != other), above[j + 1] + 1, row[j] + 1)
+            if i and j and letter == choice[j - 1] and word[i - 1] == other:
+                cost = min(cost, row_before[j - 1] + 1)
+            row.append(cost)
+        before = above
+    return row[-1]
+
+
+_LONGEST = 100
+"""Letters of a word that are compared; nobody mistypes more."""

@@ -54,8 +54,7 @@ def test_a_batch_is_split_first(tiny_parts: Parts, error: BaseException) -> None
 def test_then_the_picture_is_tiled_and_the_users_settings_survive(
     tiny_parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sana.engine.decode.TILE", 64)
-    monkeypatch.setattr("sana.engine.decode.STRIDE", 32)
+    monkeypatch.setattr("sana.engine.decode.TILES", ((64, 32),))
     said: list[str] = []
     small = limited(tiny_parts.vae, 4, OOM[0])
     before = {name: value for name, value in vars(small).items() if "til" in name}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana import Request, generate, generate_images
+from sana import Request, Result, generate, generate_images
 from sana.engine.generate import Change, Plan, denoise
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions, Predictor
@@ -168,9 +168,20 @@ def test_a_request_gives_its_pictures_and_tells_everything(tiny_parts: Parts) ->
 
 
 def test_the_result_is_the_generators_return_value(tiny_parts: Parts) -> None:
-    steps, result = drain(generate(tiny_parts, REQUEST.replace(count=2)))
-    assert [step.index for step in steps] == [0, 1, 2, 0, 1, 2]
+    yielded, result = drain(generate(tiny_parts, REQUEST.replace(count=2)))
+    assert [step.index for step in yielded if isinstance(step, Step)] == [0, 1, 2, 0, 1, 2]
     assert len(result.images) == 2
+
+
+def test_each_batch_is_handed_over_when_it_is_finished(tiny_parts: Parts) -> None:
+    yielded, whole = drain(generate(tiny_parts, REQUEST.replace(count=3, batch_size=2, steps=1)))
+    assert [type(one) for one in yielded] == [Step, Result, Step, Result]
+    first, second = (one for one in yielded if isinstance(one, Result))
+    assert (first.seeds, second.seeds, whole.seeds) == ([40, 41], [42], [40, 41, 42])
+    assert [*first.images, *second.images] == whole.images
+    assert first.settings == second.settings == whole.settings
+    assert first.model == whole.model
+    assert first.timings["total"] < second.timings["total"] == whole.timings["total"]
 
 
 def test_image_i_is_the_picture_of_seed_plus_i(tiny_parts: Parts) -> None:
@@ -186,7 +197,8 @@ def test_a_picture_does_not_depend_on_its_company(tiny_parts: Parts, batch_size:
 
     def latents(seed: int, count: int) -> Tensor:
         request = REQUEST.replace(seed=seed, count=count, batch_size=batch_size)
-        last = [step.latents for step in generate(tiny_parts, request) if step.index == 2]
+        steps = [step for step in generate(tiny_parts, request) if isinstance(step, Step)]
+        last = [step.latents for step in steps if step.index == 2]
         return torch.cat(last)[:count]
 
     together = latents(40, 4)
@@ -217,7 +229,7 @@ def test_a_model_without_bins_draws_what_is_asked(tiny_parts: Parts) -> None:
     request = REQUEST.replace(binning=True, steps=1)
     assert generate_images(other, request).image.size == (96, 64)
     assert generate_images(other, Request(prompt="a", steps=1, seed=1)).image.size == (64, 64)
-    with pytest.raises(InvalidInput, match="multiples of 32"):
+    with pytest.raises(InvalidInput, match="divisible by 32 but are 64 and 100"):
         generate_images(other, request.replace(width=100))
 
 
@@ -258,6 +270,19 @@ def test_overlong_prompts_are_told(tiny_parts: Parts) -> None:
     assert "snow" in result.warnings[0]
 
 
+def test_what_a_request_cannot_mean_is_told(tiny_parts: Parts) -> None:
+    empty = generate_images(tiny_parts, REQUEST.replace(prompt=" ", steps=1))
+    assert empty.warnings == ["The prompt is empty, so nothing says what the picture should show."]
+    thin = generate_images(tiny_parts, REQUEST.replace(binning=True, width=300, height=10, steps=1))
+    assert thin.image.size == (300, 10)
+    assert "drawn at 256 x 256, and 97% of it is cut away" in thin.warnings[0]
+
+
+def test_the_end_of_a_long_prompt_is_quoted_shortly(tiny_parts: Parts) -> None:
+    result = generate_images(tiny_parts, REQUEST.replace(prompt="red fox " * 10_000, steps=1))
+    assert len(result.warnings[0]) < 250
+
+
 def test_sprint_models_run_with_their_own_sampler(tiny_parts: Parts) -> None:
     from tiny_model import tiny_transformer
 
@@ -279,11 +304,11 @@ def test_missing_parts_are_named_before_any_work(tiny_parts: Parts) -> None:
         generate_images(headless, REQUEST)
 
 
-def test_non_finite_latents_raise(tiny_parts: Parts) -> None:
+def test_a_non_finite_transformer_is_named_with_the_step(tiny_parts: Parts) -> None:
     broken = copy.deepcopy(tiny_parts)
     with torch.no_grad():
         broken.transformer.proj_out.bias[0] = float("nan")
-    with pytest.raises(NonFinite, match="latents"):
+    with pytest.raises(NonFinite, match="transformer gave NaN or infinity in step 1 of 3"):
         generate_images(broken, REQUEST)
 
 

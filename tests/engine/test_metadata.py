@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +168,42 @@ def test_the_record_is_plain_json(tmp_path: Path) -> None:
     assert record["version"] == 1
     assert record["request"]["prompt"] == PROMPT
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_the_facts_about_the_model_are_texts(tmp_path: Path) -> None:
+    assert read_metadata(save_png(result(), 0, tmp_path / "a.png")).model == {"name": "toy, small", "sanakit": "9.9"}
+    Image.new("L", (2, 2)).save(tmp_path / "b.png")
+    assert read_metadata(tmp_path / "b.png").model == {}
+
+
+def test_what_no_encoder_takes_is_replaced(tmp_path: Path) -> None:
+    """A folder of undecodable bytes names its model so."""
+    odd = dataclasses.replace(result(), model={"name": "caf\udce9", "source": "/caf\udce9"}, warnings=["w \ud800"])
+    found = read_metadata(save_png(odd, 0, tmp_path / "a.png"))
+    assert found.model == {"name": "caf\ufffd", "source": "/caf\ufffd"}
+    assert found.record is not None
+    assert found.record["warnings"] == ["w \ufffd"]
+    assert found.parameters is not None
+    assert "Model: caf\ufffd" in found.parameters
+
+
+def test_others_read_the_text_line(tmp_path: Path) -> None:
+    """The rule of the widespread readers: the last line, at least three pairs, values as they stand or as JSON."""
+    with Image.open(save_png(result(negative_prompt="blur"), 0, tmp_path / "a.png")) as image:
+        *words, last = image.text["parameters"].split("\n")
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert (words, len(pairs)) == ([PROMPT, "Negative prompt: blur"], 7)
+    assert (pairs["Steps"], pairs["Seed"], pairs["Size"], json.loads(pairs["Model"])) == ("2", "7", "4x3", "toy, small")
+
+
+def test_without_our_record_the_text_line_is_understood(tmp_path: Path) -> None:
+    with Image.open(save_png(result(negative_prompt="blur"), 0, tmp_path / "a.png")) as image:
+        info = PngInfo()
+        info.add_text("parameters", image.text["parameters"])
+        image.save(tmp_path / "b.png", pnginfo=info)
+    found = read_metadata(tmp_path / "b.png")
+    assert found.record is None
+    assert found.settings is not None
+    assert found.settings.program == "sanakit 9.9"
+    assert (found.settings.prompt, found.settings.negative_prompt) == (PROMPT, "blur")
+    assert (found.settings.steps, found.settings.guidance, found.settings.model) == (2, 4.5, "toy, small")

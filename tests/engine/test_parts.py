@@ -15,13 +15,27 @@ from sana.errors import InvalidInput
 from tiny_model import tiny_transformer
 
 
-def test_recommended_dtypes_are_the_cards_but_exact_on_a_cpu() -> None:
-    card = CARDS["sana-1.6b-1024-fp16"]
-    assert recommended_dtypes(card, torch.device("cuda")) == dict(card.dtypes)
-    on_cpu = {"transformer": "float32", "vae": "float32", "text_encoder": "bfloat16"}
-    assert recommended_dtypes(card, torch.device("cpu")) == on_cpu
-    assert recommended_dtypes(None, torch.device("cuda")) == {"default": "auto"}
-    assert recommended_dtypes(None, torch.device("cpu")) is None
+@pytest.mark.parametrize("fast", [False, True])
+def test_recommended_dtypes(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 on a CPU that multiplies it, else float32; float16 never, and the built-in model stays exact."""
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: fast)
+    here, there = torch.device("cpu"), torch.device("cuda")
+    half, exact = ("bfloat16" if fast else "float32"), "float32"
+    encoder = {"text_encoder": "bfloat16"}
+    published, in_half = CARDS["sana-1.6b-1024"], CARDS["sana-0.6b-1024"]
+    assert recommended_dtypes(published, here) == {"transformer": half, "vae": half, **encoder}
+    assert recommended_dtypes(in_half, here) == {"transformer": exact, "vae": half, **encoder}
+    assert set(dict(recommended_dtypes(CARDS["nano"], here)).values()) == {exact}
+    assert recommended_dtypes(None, here) is None
+    assert recommended_dtypes(in_half, there) == dict(in_half.dtypes)
+    assert recommended_dtypes(None, there) == {"default": "auto"}
+
+
+@pytest.mark.parametrize(("amx", "avx512"), [(False, False), (True, False), (False, True)])
+def test_bfloat16_in_hardware(amx: bool, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert module.multiplies_bfloat16() is (amx or avx512)
 
 
 def test_load_takes_the_recommended_dtypes(tiny_folder: Path) -> None:
@@ -91,3 +105,13 @@ def test_the_prompt_encoder_follows_the_parts(tiny_parts: Parts) -> None:
     parts.tokenizer = None
     with pytest.raises(InvalidInput, match="no tokenizer"):
         _ = parts.prompts
+
+
+def test_a_description_names_weights_and_threads(tiny_parts: Parts) -> None:
+    told = tiny_parts.describe()
+    assert told["threads"] == str(torch.get_num_threads())
+    assert "compiled" not in told
+    other = copy.copy(tiny_parts)
+    other.transformer = tiny_transformer(num_layers=1)
+    assert other.describe()["weights"] != told["weights"]
+    assert tiny_parts.describe() == told

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sana import Request, generate_images
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, Predictor
+from sana.engine.predictor import Captions, Predictor, padded
 from sana.errors import InvalidInput
 from tiny_model import tiny_transformer
 
@@ -135,6 +135,30 @@ def test_trimming_drops_only_what_nobody_reads() -> None:
     mask[1] = 0
     whole = Captions(embeds=embeds, mask=mask, rows=(0, 1))
     assert whole.trimmed() is whole, "a row without tokens reads all of its positions"
+
+
+def test_padding_to_a_multiple() -> None:
+    text = captions(2, length=5, valid=4)
+    longer = padded(text, 16)
+    assert longer.embeds.shape == (2, 16, 32)
+    assert longer.mask.tolist() == [[1] * 4 + [0] * 12] * 2
+    assert padded(longer, 16) is longer
+    assert padded(text, 1) is text
+    empty = Captions(embeds=text.embeds, mask=torch.tensor([[1] * 5, [0] * 5]), rows=(0, 1))
+    assert padded(empty, 16) is empty, "a row without tokens reads all of its positions"
+
+
+def test_the_text_has_a_length_that_the_attention_likes(tiny_parts: Parts) -> None:
+    lengths: list[int] = []
+    spy = copy.deepcopy(tiny_parts.transformer)
+    project = spy.cross_attention_kv
+    spy.cross_attention_kv = lambda caption: lengths.append(caption.shape[1]) or project(caption)
+    text = captions(1, length=20, valid=20)
+    Predictor(spy, TIMESTEPS, text)
+    spy.transformer_blocks[0].compile(backend="eager")
+    predict = Predictor(spy, TIMESTEPS, text)
+    assert lengths == [32, 64]
+    assert predict.captions is text
 
 
 def test_half_of_a_learned_variance_is_dropped() -> None:

@@ -2,17 +2,26 @@ import dataclasses
 import json
 import math
 import re
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sana import Request, SanaPipeline
-from sana.engine.request import MAX_SEED, SAMPLER_NAMES, ResolvedRequest
+from sana.engine.request import MAX_CHARACTERS, MAX_SEED, SAMPLER_NAMES, ResolvedRequest, shown
 from sana.errors import InvalidInput
 from sana.flow.samplers import SAMPLERS
+
+
+class Evil:
+    """Refuses to be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
 
 
 def card(**changes: Any) -> Any:
@@ -53,11 +62,86 @@ def test_sampler_names_are_those_of_the_registry() -> None:
         ("batch_size", 0),
         ("binning", 1),
         ("max_prompt_tokens", 0),
+        ("prompt", "a" * (MAX_CHARACTERS + 1)),
+        ("prompt", "a \ud83d fox"),
+        ("negative_prompt", "\udcff"),
+        ("guidance_interval", b"\x00\x01"),
+        ("guidance_interval", {0.1: 0.5}),
+        ("sampler", np.array(["flow-dpm", "scm"])),
     ],
 )
 def test_impossible_values_name_the_field(field: str, value: object) -> None:
     with pytest.raises(InvalidInput, match=re.escape(f"`{field}`")):
         Request(**{"prompt": "a fox", field: value})  # type: ignore[arg-type]
+
+
+NUMBERS = ("width", "height", "steps", "seed", "count", "batch_size", "max_prompt_tokens", "guidance")
+NO_NUMBERS: tuple[Any, ...] = (
+    *("512", "", b"1", True, math.nan, math.inf, -math.inf, 1e308, -1, -(10**5000), 10**5000, 2**64, 512.5, -0.5),
+    *([512], (1,), {"a": 1}, {1}, object(), int, 3 + 0j, "9" * 5000, Decimal(5), np.array([1, 2]), np.float32(2)),
+)
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: f"{type(value).__name__}")
+def test_every_numeric_field_refuses_what_is_no_number_of_its_range(field: str, value: object) -> None:
+    size = {"width": 64, "height": 64, "binning": False} if field in ("width", "height") else {}
+    with pytest.raises(InvalidInput) as caught:
+        Request(**{"prompt": "a", **size, field: value})
+    said = str(caught.value)
+    assert said.startswith(f"`{field}` must be a ")
+    assert " from " in said
+    assert len(said) <= 220
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("seed", [0, 2**53 - 1])
+def test_seeds_at_the_ends_of_their_range(seed: int) -> None:
+    assert Request(prompt="a", seed=seed).seed == seed
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "🦊" * 20, "\u202e\u200bfox", "<eos><start_of_turn>", "a" * MAX_CHARACTERS, "\x01\x7f\ufeff"]
+)
+def test_unusual_text_is_text(text: str) -> None:
+    assert Request.from_dict(json.loads(json.dumps(Request(prompt=text).to_dict()))).prompt == text
+
+
+def test_what_is_computed_at_once_has_a_bound() -> None:
+    Request(prompt="a", width=16384, height=16384, batch_size=4)
+    with pytest.raises(InvalidInput, match="`batch_size` 8 of 16384 x 16384"):
+        Request(prompt="a", width=16384, height=16384, batch_size=8)
+    with pytest.raises(InvalidInput, match="`batch_size` 1024 of 2048 x 2048"):
+        Request(prompt="a", batch_size=1024).resolve(card(base_size=2048))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, [10**5000] * 50, "x" * 10**6, {"a" * 999: [[[[1]]]]}, Evil(), b"\xff" * 999, -(10**40), {frozenset()}],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_wrong_value_is_shown_shortly(value: object) -> None:
+    assert len(shown(value)) <= 120
+    assert shown("fox") == "'fox'"
+    assert shown(-5) == "-5"
+
+
+def test_requests_come_from_mappings_only() -> None:
+    for values in (None, [], "prompt", 3):
+        with pytest.raises(InvalidInput, match="must be a mapping"):
+            Request.from_dict(values)  # type: ignore[arg-type]
+    for values in ({3: 1}, {"x" * 10**6: 1}, {None: None}):
+        with pytest.raises(InvalidInput, match="is not a field") as caught:
+            Request.from_dict(values)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 400
+
+
+def test_a_resolved_request_leaves_nothing_open() -> None:
+    whole = Request(prompt="a").resolve(card()).to_dict()
+    for name in ("width", "height", "steps", "guidance", "sampler", "seed"):
+        with pytest.raises(InvalidInput, match=f"`{name}` is missing"):
+            ResolvedRequest.from_dict({key: value for key, value in whole.items() if key != name})
+    assert ResolvedRequest.from_dict(whole).to_dict() == whole
 
 
 @pytest.mark.parametrize(
@@ -122,7 +206,7 @@ def test_a_negative_prompt_meets_the_cards_guidance() -> None:
 
 requests = st.builds(
     Request,
-    prompt=st.text(alphabet=st.characters(blacklist_characters="\x00"), max_size=40),
+    prompt=st.text(alphabet=st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=40),
     steps=st.none() | st.integers(1, 1000),
     guidance=st.none() | st.floats(0, 100),
     seed=st.none() | st.integers(0, 2**40),

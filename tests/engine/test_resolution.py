@@ -6,7 +6,7 @@ from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sana.engine.resolution import BINS, bins_of, fitted_size, nearest_bin
+from sana.engine.resolution import BINS, bins_of, check_known, check_step, cut_told, fitted_size, nearest_bin
 from sana.errors import InvalidInput
 
 ORACLE = {
@@ -53,3 +53,31 @@ def test_a_fitted_picture_always_covers_the_target(
     assert fitted[0] >= height
     assert fitted[1] >= width
     assert min(fitted[0] - height, fitted[1] - width) <= 1
+
+
+def test_a_size_is_refused_with_the_nearest_one() -> None:
+    check_step(64, 96)
+    check_step(64, 128, 64)
+    with pytest.raises(InvalidInput, match=r"divisible by 64 but are 96 and 10\. Use 64 x 128"):
+        check_step(96, 10, 64)
+
+
+def test_a_model_of_certain_sizes_is_named_with_them() -> None:
+    check_known("toy", None, 7, 9)
+    check_known("toy", ((256, 512),), 256, 512)
+    with pytest.raises(InvalidInput, match="toy draws 512 x 256, 64 x 64 only, not 256 x 512"):
+        check_known("toy", ((256, 512), (64, 64)), 512, 256)
+
+
+@pytest.mark.parametrize("sample_size", sorted(set(BINS) - {8}))
+@given(ratio=st.floats(0.25, 4))
+def test_no_shape_among_the_bins_is_cut_by_half(sample_size: int, ratio: float) -> None:
+    height, width = round(1000 * ratio), 1000
+    assert cut_told(nearest_bin(height, width, sample_size), height, width) is None
+
+
+def test_what_is_mostly_cut_away_is_told() -> None:
+    told = cut_told((512, 2048), 10, 9000)
+    assert told is not None
+    assert "drawn at 2048 x 512" in told
+    assert "100% of it is cut away" in told

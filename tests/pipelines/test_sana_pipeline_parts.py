@@ -216,6 +216,14 @@ def test_a_card_that_fits_is_kept_when_saving(
     pipe = SanaPipeline.from_pretrained(edited_folder(tiny_folder, tmp_path / "a", **{CARD_KEY: "pet"}))
     assert pipe.parts.card is card
     assert pipe.parts.name == "a", "the card rules, but the model is the folder's own"
+    rename, told = Path.rename, []
+
+    def watched(stage: Path, target: Path) -> Path:
+        told.append(json.loads((stage / "model_index.json").read_text())[CARD_KEY])
+        return rename(stage, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
     pipe.save_pretrained(tmp_path / "b")
+    assert told == ["pet"], "the card is there at the moment of the save, so that no kill can lose it"
     assert json.loads((tmp_path / "b" / "model_index.json").read_text())[CARD_KEY] == "pet"
     assert load(tmp_path / "b").card is card

@@ -7,22 +7,27 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from sana.engine.decode import decode
+from sana.checkpoints.weights import is_finite
+from sana.engine.apart import Apart
+from sana.engine.decode import decode_to, free_memory, is_out_of_memory
 from sana.engine.images import resize_and_crop, to_pictures
+from sana.engine.latents import Finished
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions, Predictor
-from sana.engine.request import Request, ResolvedRequest, Result
-from sana.engine.resolution import BINS, nearest_bin
-from sana.errors import InvalidInput
-from sana.flow.guidance import Interval, cfg_batched, guided_steps
+from sana.engine.request import Request, ResolvedRequest, Result, shown
+from sana.engine.resolution import BINS, check_step, cut_told, nearest_bin
+from sana.errors import NonFinite, OutOfMemory
+from sana.flow.guidance import BatchedVelocity, Interval, cfg_batched, guided_steps
 from sana.flow.path import draw_noise
-from sana.flow.samplers import BoundSampler, Noise, Step, Steps, Velocity, find_sampler
+from sana.flow.samplers import Noise, Step, Steps, Velocity, find_sampler
 from sana.flow.schedules import Grid
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
@@ -38,6 +43,16 @@ class LoopSampler(Protocol):
     def run(self, velocity: Velocity, x: Tensor, noise: Noise | None = None) -> Steps: ...
 
 
+class Network(BatchedVelocity, Protocol):
+    """The network with the captions of a batch: a `Predictor`, or something like it."""
+
+    device: torch.device
+
+    def use(self, captions: Captions) -> None:
+        """Set other captions."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """One batch, ready to run: the five slots of the loop."""
@@ -46,7 +61,7 @@ class Plan:
     """Sigma grid and the rule of the steps."""
     latents: Tensor
     """Start, [B, C, h, w] in flow coordinates."""
-    predictor: Predictor
+    predictor: Network
     """The network with this batch's captions."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 is none, and then the captions need no unconditional rows."""
@@ -78,13 +93,20 @@ def denoise(plan: Plan) -> Generator[Step, Reply, Tensor]:
 
     Closing the generator stops the run; what is sent into it holds from the next step on (sent after the last step,
     latents become the result).
+
+    Raises:
+        NonFinite: the network gave NaN or infinity; the message names the step.
     """
     grid = plan.sampler.grid
     guided = guided_steps(grid, plan.guidance_interval)
     scale, latents = plan.guidance, plan.latents
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        return cfg_batched(plan.predictor, scale, guided)(x, i)
+        v = cfg_batched(plan.predictor, scale, guided)(x, i)
+        # Looked at here, because what comes later can hide it: a clamp, a level that is passed over.
+        if not is_finite(v):
+            raise _not_finite(x, i, grid.num_steps)
+        return v
 
     with contextlib.closing(plan.sampler.run(velocity, plan.latents, plan.noise)) as walk:
         reply: Tensor | None = None
@@ -99,6 +121,18 @@ def denoise(plan: Plan) -> Generator[Step, Reply, Tensor]:
             if change.guidance is not None:
                 scale = change.guidance
     return latents
+
+
+def _not_finite(x: Tensor, i: int, num_steps: int) -> NonFinite:
+    where = f"in step {i + 1} of {num_steps}"
+    if not is_finite(x):
+        return NonFinite(
+            f"The latents contain NaN or infinity {where}, before the network saw them. Check their source."
+        )
+    return NonFinite(
+        f"The transformer gave NaN or infinity {where}, so there is no picture. Load it in the dtype that its model"
+        " card names, or in float32."
+    )
 
 
 class _Clock:
@@ -118,44 +152,41 @@ class _Clock:
         self.last = now
 
 
-def generate(parts: Parts, request: Request) -> Generator[Step, Reply, Result]:
-    """Carry out a request, yielding every denoising step of every batch; the result is the generator's return value.
+def generate(
+    parts: Parts, request: Request, *, rescue: Callable[[Finished], None] | None = None, keep: bool = True
+) -> Generator[Step | Result, Reply, Result]:
+    """Carry out a request: yield every denoising step, and after each batch a `Result` with just its pictures.
 
-    Image i starts from noise drawn on the CPU by its own generator, seeded with seed + i. Batches are filled up to
-    `batch_size` rows (the surplus is dropped), so a picture does not depend on its company, to the last bit.
+    The whole `Result` is the generator's return value; settings and model are the same in all of them, timings and
+    warnings those up to then. Image i starts from noise drawn on the CPU by its own generator, seeded with seed + i.
+    Batches are filled up to `batch_size` rows (the surplus is dropped), so a picture does not depend on its company,
+    to the last bit. When memory runs out, the batch begins again in smaller parts, with steps numbered from 0.
+
+    Args:
+        rescue: receives the finished latents of a batch, once, if memory runs out while they are decoded; before the
+            decoder is tried again with less. `engine.latents.save_latents` writes them into a file.
+        keep: whether the return value holds the pictures, too; if not, memory does not grow with their number.
 
     Raises:
         InvalidInput: the model cannot do what is asked; nothing has been computed then.
-        NonFinite: the latents or a picture contain NaN or infinity.
-        OutOfMemory: not even one tile can be decoded; the finished latents are on the error.
+        NonFinite: a part of the model gave NaN or infinity; the message says which, and in which step.
+        OutOfMemory: even the smallest way needs too much. While decoding it is a `DecodeOutOfMemory` with the latents.
     """
     parts.require("tokenizer", "text_encoder", "transformer", "vae")
-    settings = request.resolve(parts.effective_card)
-    height, width = drawn_size(parts, settings)
-    shape = (parts.transformer.config.in_channels, height // parts.compression, width // parts.compression)
-    clock, notes, images = _Clock(parts), list[str](), list[Image]()
-    captions = _captions(parts, settings, notes.append)
-    sampler = find_sampler(settings.sampler)
-    bound = sampler.on(sampler.make_grid(settings.steps, parts.flow_shift))
-    predictor = Predictor(parts.transformer, bound.grid.timesteps, captions, guidance=settings.guidance)
-    clock.stroke("text")
-    for first in range(0, settings.count, settings.batch_size):
-        real = min(settings.batch_size, settings.count - first)
-        rows = [settings.seed + first + min(row, real - 1) for row in range(settings.batch_size)]
-        predictor.use(captions)
-        latents = yield from denoise(_plan(settings, bound, predictor, shape, rows))
-        clock.stroke("denoise")
-        pixels = resize_and_crop(decode(parts.vae, latents, notes.append), settings.height, settings.width)
-        images += to_pictures(pixels)[:real]
-        clock.stroke("decode")
-    return Result(
-        images=images,
-        seeds=[settings.seed + i for i in range(settings.count)],
-        settings=settings,
-        timings=clock.seconds,
-        model=parts.describe(),
-        warnings=notes,
-    )
+    run = _Run(parts, request.resolve(parts.effective_card), rescue)
+    pictures: list[Image] = []
+    seeds = [run.settings.seed + i for i in range(run.settings.count)]
+    first = 0
+    while first < len(seeds):
+        batch = seeds[first : first + run.rows]
+        latents = yield from run.denoise(batch)
+        if latents is None:
+            continue
+        made = run.decode(latents, batch)
+        pictures += made if keep else ()
+        first += len(batch)
+        yield run.result(made, batch)
+    return run.result(pictures, seeds)
 
 
 def generate_images(parts: Parts, request: Request) -> Result:
@@ -178,45 +209,158 @@ def drawn_size(parts: Parts, settings: ResolvedRequest) -> tuple[int, int]:
     sample_size = parts.transformer.config.sample_size
     if settings.binning and sample_size in BINS:
         return nearest_bin(settings.height, settings.width, sample_size)
-    pixel = parts.compression * parts.transformer.config.patch_size
-    if settings.height % pixel or settings.width % pixel:
-        size = f"{settings.width} x {settings.height}"
-        raise InvalidInput(f"{parts.name} draws multiples of {pixel} pixels, not {size}. Ask for such a size.")
+    check_step(settings.height, settings.width, parts.compression * parts.transformer.config.patch_size)
     return settings.height, settings.width
 
 
-def _captions(parts: Parts, settings: ResolvedRequest, say: Callable[[str], None]) -> Captions:
-    """Encode the prompt, and the negative prompt if guidance needs one, for `batch_size` latents."""
+class _Run:
+    """What the batches of a request share; they become smaller from where memory ran out on."""
+
+    def __init__(
+        self, parts: Parts, settings: ResolvedRequest, rescue: Callable[[Finished], None] | None = None
+    ) -> None:
+        self.parts, self.settings, self.rescue = parts, settings, rescue
+        self.rows = settings.batch_size
+        """Pictures computed at once."""
+        drawn = drawn_size(parts, settings)
+        self.notes = _remarks(settings, drawn)
+        self.facts, self.clock = parts.describe(), _Clock(parts)
+        self.shape = (parts.transformer.config.in_channels, *(side // parts.compression for side in drawn))
+        sampler = find_sampler(settings.sampler)
+        self.sampler = sampler.on(sampler.make_grid(settings.steps, parts.flow_shift))
+        self.conditions = self._read()
+        self._network: Network | None = None
+        self._apart = self._freed = False
+        self.clock.stroke("text")
+
+    def say(self, text: str) -> None:
+        """Note what the user should know, each sentence once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def result(self, pictures: Sequence[Image], seeds: Sequence[int]) -> Result:
+        """Return pictures with all that is known so far."""
+        return Result(
+            images=pictures,
+            seeds=seeds,
+            settings=self.settings,
+            timings=dict(self.clock.seconds),
+            model=self.facts,
+            warnings=list(self.notes),
+        )
+
+    def decode(self, latents: Tensor, seeds: Sequence[int]) -> list[Image]:
+        """Return the pictures of finished latents; the rows beyond the seeds only fill the batch."""
+        settings, rescue = self.settings, None
+        if self.rescue is not None:
+            rescue = partial(self._keep, self.rescue, seeds)
+
+        def finish(images: Tensor) -> list[Image]:
+            made: list[Image] = to_pictures(resize_and_crop(images, settings.height, settings.width))
+            return made
+
+        pictures = decode_to(finish, self.parts.vae, latents, self.say, count=len(seeds), rescue=rescue)
+        self.clock.stroke("decode")
+        return list(chain.from_iterable(pictures))
+
+    def _keep(self, rescue: Callable[[Finished], None], seeds: Sequence[int], latents: Tensor) -> None:
+        rescue(Finished(latents=latents, settings=self.settings, seeds=seeds, model=self.facts))
+
+    def denoise(self, seeds: Sequence[int]) -> Generator[Step, Reply, Tensor | None]:
+        """Run the loop for one batch; None if memory ran out and the batch is to be begun again with fewer `rows`.
+
+        Raises:
+            OutOfMemory: there is no way that needs less.
+        """
+        try:
+            latents = yield from denoise(self._plan([*seeds, *[seeds[-1]] * (self.rows - len(seeds))]))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self.clock.stroke("denoise")
+            return latents
+        # Outside the except block: the traceback keeps the tensors of the failed attempt alive.
+        self._network = None
+        self._narrow(freed=free_memory())
+        return None
+
+    def _narrow(self, *, freed: bool) -> None:
+        """Choose a way that needs less memory; at first it may be enough that some was given back."""
+        if freed and not self._freed:
+            self._freed = True
+        elif self.rows > 1:
+            self.rows = 1
+            self.say(
+                f"Memory ran out while denoising {self.settings.batch_size} pictures at once; they are now drawn one by"
+                " one, which changes them by rounding only. Lower `batch_size`."
+            )
+        elif len(self.conditions) > 1 and not self._apart:
+            self._apart = True
+            self.say(
+                "Memory ran out while denoising; prompt and negative prompt now go through the network one after the"
+                " other, which takes longer and changes the picture by rounding only."
+            )
+        else:
+            raise OutOfMemory(
+                "The memory is full: not even one picture can be denoised. Ask for a smaller `width` and `height`, a"
+                " smaller model, or a shorter prompt."
+            )
+
+    def _read(self) -> list[tuple[Tensor, Tensor]]:
+        """Encode the prompt, and before it the negative prompt if guidance needs one: embeds and mask of each."""
+        for _ in range(2):
+            try:
+                return _conditions(self.parts, self.settings, self.say)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if not free_memory():
+                break
+        raise OutOfMemory(
+            "The memory is full: the prompt cannot be encoded. Lower `max_prompt_tokens`, or load a smaller model or"
+            " the text encoder in bfloat16."
+        )
+
+    def _plan(self, seeds: Sequence[int]) -> Plan:
+        """Fill the five slots for one batch, whose row r starts from the noise, [C, h, w], of seeds[r]."""
+        if self._network is None:
+            make = Apart if self._apart else Predictor
+            self._captions = Captions.stack(self.conditions, self.rows)
+            timesteps, guidance = self.sampler.grid.timesteps, self.settings.guidance
+            self._network = make(self.parts.transformer, timesteps, self._captions, guidance=guidance)
+        network = self._network
+        network.use(self._captions)  # the consumer of the last batch may have set others
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+        def noise(_: int) -> Tensor:
+            return draw_noise((len(seeds), *self.shape), generators, device=network.device)
+
+        return Plan(
+            sampler=self.sampler,
+            latents=noise(0),
+            predictor=network,
+            guidance=self.settings.guidance if len(self.conditions) > 1 else 1.0,
+            guidance_interval=self.settings.guidance_interval,
+            noise=noise,
+        )
+
+
+def _remarks(settings: ResolvedRequest, drawn: tuple[int, int]) -> list[str]:
+    """Return what can be said about a request before it is carried out."""
+    empty = None if settings.prompt.strip() else "The prompt is empty, so nothing says what the picture should show."
+    return [text for text in (empty, cut_told(drawn, settings.height, settings.width)) if text is not None]
+
+
+def _conditions(parts: Parts, settings: ResolvedRequest, say: Callable[[str], None]) -> list[tuple[Tensor, Tensor]]:
+    """Encode the prompt, and before it the negative prompt if guidance needs one: embeds and mask of each."""
     limit, clean = settings.max_prompt_tokens, settings.clean_caption
     instruction = COMPLEX_HUMAN_INSTRUCTION if settings.instruction else None
     positive = parts.prompts.encode([settings.prompt], instruction, limit, clean)
     if positive.truncated[0]:
-        say(f"The prompt is longer than {limit} tokens; this end of it was not read: {positive.truncated[0]!r}")
+        say(f"The prompt is longer than {limit} tokens; this end of it was not read: {shown(positive.truncated[0])}")
     groups = [(positive.embeds, positive.mask)]
     if settings.guidance > 1 and not parts.transformer.config.guidance_embeds:
         negative = parts.prompts.encode([settings.negative_prompt], None, limit, clean)
         groups.insert(0, (negative.embeds, negative.mask))
-    return Captions.stack(groups, settings.batch_size)
-
-
-def _plan(
-    settings: ResolvedRequest,
-    sampler: BoundSampler,
-    predictor: Predictor,
-    shape: tuple[int, int, int],
-    seeds: Sequence[int],
-) -> Plan:
-    """Fill the five slots for one batch, whose row r starts from the noise, [C, h, w], of seeds[r]."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-    def noise(_: int) -> Tensor:
-        return draw_noise((len(seeds), *shape), generators, device=predictor.device)
-
-    return Plan(
-        sampler=sampler,
-        latents=noise(0),
-        predictor=predictor,
-        guidance=settings.guidance if len(predictor.captions.rows) > len(seeds) else 1.0,
-        guidance_interval=settings.guidance_interval,
-        noise=noise,
-    )
+    return groups

@@ -3,7 +3,10 @@
 Legend: B images, C = 3 colours, H W pixels; decoded tensors span about -1 to 1, returned ones 0 to 1.
 """
 
+import contextlib
+import errno
 import io
+import math
 import os
 import secrets
 import urllib.error
@@ -12,26 +15,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sana.engine.metadata import Level, png_info
+from sana.engine.png import write_png
 from sana.engine.request import Result
 from sana.engine.resolution import fitted_size
-from sana.errors import InvalidInput, NonFinite, did_you_mean
+from sana.errors import InvalidInput, NonFinite, NotWritten, SanaError, did_you_mean
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
 
+STRIP_PIXELS = 1 << 16
 MAX_DOWNLOAD = 100 * 2**20
 DOWNLOAD_TIMEOUT = 30.0
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raise NonFinite, naming `what`, if any value is NaN or infinite: such values never become a picture."""
-    if not bool(torch.isfinite(tensor).all()):
+    # The extremes carry every NaN and infinity, and need no second tensor.
+    if tensor.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach())):
         raise NonFinite(
             f"The {what} contain NaN or infinity, so there is no picture. Load the text encoder and the VAE in bfloat16"
             " or float32, and the transformer in the dtype its model card names."
@@ -71,13 +76,24 @@ def to_pictures(decoded_BCHW: Tensor, output_type: str = "pil") -> Any:
     """
     check_output_type(output_type)
     check_finite(decoded_BCHW, "decoded images")
+    if output_type == "pil":
+        return [Image.fromarray(to_bytes(image_CHW).numpy()) for image_CHW in decoded_BCHW.detach()]
     unit_BCHW = (decoded_BCHW / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return unit_BCHW
-    unit_BHWC = unit_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
-    if output_type == "np":
-        return unit_BHWC
-    return [Image.fromarray(pixels) for pixels in (unit_BHWC * 255).round().astype(np.uint8)]
+    return unit_BCHW if output_type == "pt" else unit_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def to_bytes(image_CHW: Tensor) -> Tensor:
+    """Return [H, W, C] uint8 on the CPU of a finite decoded image; one half rounds to even.
+
+    All steps are done on one strip of rows before the next, because a strip stays in the cache of a CPU.
+    """
+    _, height, width = image_CHW.shape
+    rows = max(1, STRIP_PIXELS // width) if image_CHW.device.type == "cpu" else height
+    bytes_HWC = torch.empty(height, width, len(image_CHW), dtype=torch.uint8)
+    for y in range(0, height, rows):
+        unit = (image_CHW[:, y : y + rows] * 0.5).add_(0.5).clamp_(0, 1).float()
+        bytes_HWC[y : y + rows] = unit.mul_(255).round_().to(torch.uint8).permute(1, 2, 0)
+    return bytes_HWC
 
 
 def save_png(result: Result, index: int, path: str | Path, *, metadata: Level = "full", force: bool = False) -> Path:
@@ -87,21 +103,25 @@ def save_png(result: Result, index: int, path: str | Path, *, metadata: Level = 
 
     Raises:
         InvalidInput: the name does not end in .png, the folder is missing, or the file exists and `force` is off.
+        NotWritten: the disk is full or broken, or the folder may not be written to.
     """
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise InvalidInput(f"{target} does not end in .png; pictures are written as PNG. Change the name.")
     info = png_info(result, index, metadata)
     image = result.images[index]
-    write_atomically(target, lambda file: image.save(file, format="PNG", pnginfo=info), force=force)
+    write_atomically(target, lambda file: write_png(file, image, info), force=force)
     return target
 
 
-def write_atomically(target: Path, write: Callable[[io.BufferedWriter], None], *, force: bool = False) -> None:
+def write_atomically(target: Path, write: Callable[[io.BufferedWriter], object], *, force: bool = False) -> None:
     """Call `write` with a temporary file beside `target`, then give it the final name in one step.
+
+    The content is on the disk before the name is. Whatever fails, nothing is left and an older file stays as it was.
 
     Raises:
         InvalidInput: the folder is missing, or the file exists and `force` is off.
+        NotWritten: the disk is full or broken, or the folder may not be written to.
     """
     if not target.parent.is_dir():
         raise InvalidInput(f"The folder {target.parent} does not exist. Create it first.")
@@ -109,16 +129,23 @@ def write_atomically(target: Path, write: Callable[[io.BufferedWriter], None], *
         raise _exists(target)
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if force:
-            os.replace(temporary, target)
-        else:
-            _publish_new(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if force:
+                os.replace(temporary, target)
+            else:
+                _publish_new(temporary, target)
+            _sync_folder(target.parent)
+        finally:
+            with contextlib.suppress(OSError):  # missing, or the disk is broken: what came before tells more
+                temporary.unlink()
+    except OSError as error:
+        if isinstance(error, SanaError):
+            raise
+        raise _not_written(target, error) from error
 
 
 def _publish_new(temporary: Path, target: Path) -> None:
@@ -127,12 +154,37 @@ def _publish_new(temporary: Path, target: Path) -> None:
         os.link(temporary, target)
     except FileExistsError:
         raise _exists(target) from None
+    except FileNotFoundError:  # the temporary file was removed; nothing may take its name
+        raise
     except OSError:  # the file system has no hard links: claim the name first, then replace the empty claim
         try:
             os.close(os.open(target, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             raise _exists(target) from None
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name on the disk too, where folders can be opened; the file is whole whether this works or not."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _not_written(target: Path, error: OSError) -> NotWritten:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG):
+        return NotWritten(f"There is no room for {target} ({reason}). Free some space, or choose another folder.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return NotWritten(f"The folder {target.parent} cannot be written to ({reason}). Choose another one.")
+    return NotWritten(f"{target} could not be written ({reason}). Check the disk, or choose another folder.")
 
 
 def _exists(target: Path) -> InvalidInput:

@@ -15,6 +15,8 @@ from sana.checkpoints import hub
 from sana.checkpoints.folder import COMPONENTS, DtypeChoice, load_parts
 from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.layout import MODEL_INDEX, read_json
+from sana.engine.compilation import compile_modules, is_compiled
+from sana.engine.fingerprint import fingerprint
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 from sana.text.gemma import PromptEncoder
 
@@ -103,8 +105,22 @@ class Parts:
             return 32
         return 1 << (len(self.vae.config.encoder_block_out_channels) - 1)
 
+    def compile(self, cache_dir: str | Path | None = None) -> None:
+        """Let transformer and decoder run compiled from the next picture on, which takes longer for that.
+
+        Measured for the 0.6B transformer: see `sana.engine.compilation`, which also says what is kept in `cache_dir`.
+
+        Raises:
+            MissingDependency: there is no C++ compiler.
+        """
+        compile_modules(self.transformer, self.vae, cache_dir)
+
     def describe(self) -> dict[str, str]:
-        """Return what goes into the metadata of a picture: model, dtypes, device and versions; no path and no user."""
+        """Return what goes into the metadata of a picture: model, dtypes, device and versions; no path and no user.
+
+        `weights` names the weights in use (see `fingerprint`), whatever files they came from; `compiled` is there only
+        where it is so.
+        """
         dtypes = {
             name: str(getattr(self, name).dtype).removeprefix("torch.")
             for name in ("transformer", "text_encoder", "vae")
@@ -114,6 +130,9 @@ class Parts:
             "name": self.name,
             **({"commit": self.commit} if self.commit else {}),
             **{f"{name}_dtype": dtype for name, dtype in dtypes.items()},
+            "weights": fingerprint(*(getattr(self, name) for name in dtypes)),
+            **({"compiled": "yes"} if is_compiled(self.transformer) or is_compiled(self.vae) else {}),
+            "threads": str(torch.get_num_threads()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "sanakit": sana.__version__,
             "torch": torch.__version__,
@@ -138,8 +157,9 @@ def load(
 
     Args:
         device: "auto" takes a GPU if there is one.
-        dtype: "card" takes what the model's card recommends, but float32 for transformer and VAE on a CPU; otherwise
-            anything that `load_parts` takes: a dtype or its name, "auto" (as stored), or a mapping from part names.
+        dtype: "card" takes what the model's card recommends, but float32 for transformer and VAE on a CPU that does
+            not multiply bfloat16 in hardware; otherwise anything that `load_parts` takes: a dtype or its name, "auto"
+            (as stored), or a mapping from part names.
         components: parts taken as they are instead of being loaded.
 
     Raises:
@@ -204,11 +224,24 @@ def pick_device(device: torch.device | str) -> torch.device:
 
 
 def recommended_dtypes(card: Card | None, device: torch.device) -> DtypeChoice:
-    """Return the dtype of each part: the card's, or as stored without one; float32 for the two big loops on a CPU."""
-    on_cpu = device.type == "cpu"
+    """Return the dtype of each part: the card's, or as stored without one.
+
+    On a CPU, transformer and VAE take float32 unless the card says bfloat16 and the CPU is fast in it; a model without
+    a card is float32 there.
+    """
+    if device.type != "cpu":
+        return {"default": "auto"} if card is None else dict(card.dtypes)
     if card is None:
-        return None if on_cpu else {"default": "auto"}
-    return {**card.dtypes, "transformer": "float32", "vae": "float32"} if on_cpu else dict(card.dtypes)
+        return None
+    fast = ("float32", "bfloat16") if multiplies_bfloat16() else ("float32",)
+    big = {part: card.dtypes[part] if card.dtypes[part] in fast else "float32" for part in ("transformer", "vae")}
+    return {**card.dtypes, **big}
+
+
+def multiplies_bfloat16() -> bool:
+    """Tell whether this CPU multiplies bfloat16 in hardware, with AMX or AVX512-BF16; elsewhere float32 is faster."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def card_in(folder: Path) -> Card | None:

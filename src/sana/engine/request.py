@@ -1,12 +1,13 @@
 """What a user can order, and what comes back. Free of torch: a command line or a web form is built from it."""
 
 import dataclasses
-import math
+import reprlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from sana.engine.resolution import check_known, check_step
 from sana.errors import InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
@@ -14,11 +15,15 @@ if TYPE_CHECKING:
 
     from sana.cards import Card
 
-SAMPLER_NAMES = ("flow-dpm", "flow-euler", "scm")
+SamplerName = Literal["flow-dpm", "flow-euler", "scm"]
+SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 """Names a request accepts; a test holds them equal to the keys of the sampler registry."""
 
-SIZE_STEP = 32
 MAX_SIDE = 16384
+MAX_PIXELS = 2**30
+"""Most pixels of all pictures that are computed at once: four of the largest, or a thousand of 1024 x 1024."""
+MAX_CHARACTERS = 100_000
+"""Longest prompt; the text encoder could not read more than about half of it."""
 MAX_STEPS = 1000
 MAX_SEED = 2**53 - 1
 """Largest integer that every JSON reader keeps exactly."""
@@ -56,7 +61,7 @@ class Request:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels (lowest, highest; 1 is pure noise) between which guidance acts; steps outside cost half."""
 
-    sampler: Literal["flow-dpm", "flow-euler", "scm"] | None = None
+    sampler: SamplerName | None = None
     """How the steps are taken."""
 
     seed: int | None = None
@@ -87,33 +92,40 @@ class Request:
             _check_integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
         for name in ("binning", "instruction", "clean_caption"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"`{name}` must be true or false but is {getattr(self, name)!r}.")
+                raise InvalidInput(f"`{name}` must be true or false but is {shown(getattr(self, name))}.")
         if self.guidance is not None:
             _check_number("guidance", self.guidance, 0.0, 100.0)
+            object.__setattr__(self, "guidance", float(self.guidance))
         _check_interval(self.guidance_interval)
         object.__setattr__(self, "guidance_interval", tuple(float(v) for v in self.guidance_interval))
-        if self.sampler is not None and self.sampler not in SAMPLER_NAMES:
-            hint = did_you_mean(str(self.sampler), SAMPLER_NAMES)
-            raise InvalidInput(f"`sampler` must be one of {', '.join(SAMPLER_NAMES)} but is {self.sampler!r}.{hint}")
-        if (self.width is None) != (self.height is None):
-            raise InvalidInput("`width` and `height` go together. Give both, or neither for the model's own size.")
+        self._check_sampler()
+        self._check_together()
+
+    def _check_sampler(self) -> None:
+        name: object = self.sampler
+        if name is not None and not (isinstance(name, str) and name in SAMPLER_NAMES):
+            hint = did_you_mean(str(name)[:40], SAMPLER_NAMES) if isinstance(name, str) else ""
+            raise InvalidInput(f"`sampler` must be one of {', '.join(SAMPLER_NAMES)} but is {shown(name)}.{hint}")
+
+    def _check_together(self) -> None:
+        """Check the fields that depend on each other."""
         if self.seed is not None and self.seed + self.count - 1 > MAX_SEED:
             raise InvalidInput(f"`seed` plus `count` goes past {MAX_SEED}, the largest seed. Lower one of them.")
-        self._check_exact_size()
         if self.negative_prompt and self.guidance is not None and self.guidance <= 1:
             raise InvalidInput(
                 f"`negative_prompt` has no effect with `guidance` {self.guidance:g}. Drop it, or set guidance above 1."
             )
-
-    def _check_exact_size(self) -> None:
-        if self.binning or self.width is None or self.height is None:
+        if self.width is None or self.height is None:
+            if self.width is not self.height:
+                raise InvalidInput("`width` and `height` go together. Give both, or neither for the model's own size.")
             return
-        if self.width % SIZE_STEP or self.height % SIZE_STEP:
-            near = [max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP) for side in (self.width, self.height)]
+        if self.width * self.height * self.batch_size > MAX_PIXELS:
             raise InvalidInput(
-                f"Without `binning`, `width` and `height` must be multiples of {SIZE_STEP} but are"
-                f" {self.width} x {self.height}. Use {near[0]} x {near[1]}, or switch binning on."
+                f"`batch_size` {self.batch_size} of {self.width} x {self.height} pixels is more than the"
+                f" {MAX_PIXELS} pixels that can be computed at once. Lower `batch_size` or the size."
             )
+        if not self.binning:
+            check_step(self.height, self.width)
 
     def validate(self, card: "Card") -> None:
         """Check the request against the model it is for.
@@ -121,11 +133,7 @@ class Request:
         Raises:
             InvalidInput: the model was not made for this size, sampler or option.
         """
-        size = (self.height or card.base_size, self.width or card.base_size)
-        if card.sizes is not None and size not in {tuple(s) for s in card.sizes}:
-            known = ", ".join(f"{w} x {h}" for h, w in card.sizes)
-            wish = f"{size[1]} x {size[0]}"
-            raise InvalidInput(f"{card.name} draws {known} only, not {wish}. Ask for that size or use another model.")
+        check_known(card.name, card.sizes, self.height or card.base_size, self.width or card.base_size)
         sprint = card.product == "sprint"
         if sprint and self.negative_prompt:
             raise InvalidInput(f"{card.name} is a SANA-Sprint model and has no negative prompt. Drop it.")
@@ -162,17 +170,20 @@ class Request:
         """Build a request from JSON values.
 
         Raises:
-            InvalidInput: a name is unknown or `prompt` is missing.
+            InvalidInput: a name is unknown, a field without default is missing, or a value is impossible.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):
+            raise InvalidInput(f"A request must be a mapping of field names to values but is {shown(values)}.")
+        fields = dataclasses.fields(cls)
+        names = [f.name for f in fields]
         for name in values:
             if name not in names:
-                hint = did_you_mean(name, names)
-                raise InvalidInput(f"`{name}` is not a field of a request.{hint} Known: {', '.join(names)}.")
-        if "prompt" not in values:
-            raise InvalidInput("`prompt` is missing. Say what the picture should show.")
-        ready: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        return cls(**ready)
+                hint = did_you_mean(name[:40], names) if isinstance(name, str) else ""
+                raise InvalidInput(f"{shown(name)} is not a field of a request.{hint} Known: {', '.join(names)}.")
+        for one in fields:
+            if one.default is dataclasses.MISSING and one.name not in values:
+                raise InvalidInput(f"`{one.name}` is missing in the request. Give it.")
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +194,14 @@ class ResolvedRequest(Request):
     height: int
     steps: int
     guidance: float
-    sampler: Literal["flow-dpm", "flow-euler", "scm"]
+    sampler: SamplerName
     seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "steps", "guidance", "sampler", "seed"):
+            if getattr(self, name) is None:
+                raise InvalidInput(f"`{name}` is missing in the request. Give it, or let `Request.resolve` do so.")
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,33 +237,66 @@ class Result:
         return self.seeds[0]
 
 
+class _Short(reprlib.Repr):
+    """Shows any value in at most about a line, also numbers whose digits Python refuses to print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlevel = 2
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Show a whole number, or only its size."""
+        return repr(x) if x.bit_length() <= 100 else f"a number of about {round(x.bit_length() * 0.30103)} digits"
+
+
+def shown(value: object) -> str:
+    """Return a wrong value for an error text: short, whatever it is."""
+    return " ".join(_SHORT.repr(value).split())[:120]
+
+
+_SHORT = _Short()
+
+
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise InvalidInput(f"`{name}` must be text but is {type(value).__name__}.")
+    if len(value) > MAX_CHARACTERS:
+        raise InvalidInput(f"`{name}` has {len(value)} characters, the most are {MAX_CHARACTERS}. Shorten it.")
     if "\x00" in value:
         raise InvalidInput(f"`{name}` contains a NUL character. Remove it.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"`{name}` is not valid Unicode: character {error.start + 1} is half of a surrogate pair. Remove it, or"
+            " check the encoding that it comes in."
+        ) from None
 
 
 def _check_integer(name: str, value: object, low: int, high: int, *, optional: bool) -> None:
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidInput(f"`{name}` must be a whole number from {low} to {high} but is {value!r}.")
+        raise InvalidInput(f"`{name}` must be a whole number from {low} to {high} but is {shown(value)}.")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
-        raise InvalidInput(f"`{name}` must be a number from {low:g} to {high:g} but is {value!r}.")
+    # No number is between NaN and anything; whole numbers of any length can be compared.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidInput(f"`{name}` must be a number from {low:g} to {high:g} but is {shown(value)}.")
 
 
 def _check_interval(value: object) -> None:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise InvalidInput(f"`guidance_interval` must be two noise levels (lowest, highest) but is {value!r}.")
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InvalidInput(f"`guidance_interval` must be two noise levels (lowest, highest) but is {shown(value)}.")
     for end in value:
         _check_number("guidance_interval", end, 0.0, 1.0)
     if value[0] >= value[1]:
-        raise InvalidInput(f"`guidance_interval` must rise from lowest to highest but is {value!r}. Swap its values.")
+        raise InvalidInput(
+            f"`guidance_interval` must rise from lowest to highest but is {shown(value)}. Swap its values."
+        )
 
 
 _OPTIONAL = frozenset({"width", "height", "steps", "seed"})

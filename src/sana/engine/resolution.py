@@ -4,7 +4,13 @@ Bins follow the published pipelines: the bin whose height:width key is nearest t
 equally near ones. Legend: h, w in pixels, always in the order (height, width).
 """
 
+from collections.abc import Collection
+
 from sana.errors import InvalidInput
+
+SIZE_STEP = 32
+LEAST_KEPT = 0.5
+"""Share of a drawn picture below which cutting it to the requested shape is worth a warning."""
 
 _KEYS_1024: dict[float, tuple[int, int]] = {
     0.25: (512, 2048),
@@ -86,6 +92,37 @@ def fitted_size(height: int, width: int, target_height: int, target_width: int) 
     ratio = max(target_height / height, target_width / width)
     # Rounding may end a hair below the target, which must stay covered.
     return max(int(height * ratio), target_height), max(int(width * ratio), target_width)
+
+
+def check_step(height: int, width: int, step: int = SIZE_STEP) -> None:
+    """Raise InvalidInput unless a picture of this very size has whole latents, of `step` pixels each."""
+    if height % step or width % step:
+        near = [max(step, round(side / step) * step) for side in (width, height)]
+        raise InvalidInput(
+            f"`height` and `width` have to be divisible by {step} but are {height} and {width}."
+            f" Use {near[0]} x {near[1]} (width x height), or resolution binning with a model that has bins."
+        )
+
+
+def check_known(name: str, sizes: Collection[tuple[int, int]] | None, height: int, width: int) -> None:
+    """Raise InvalidInput if a model draws certain sizes only, and not this one; None is a model that draws any."""
+    if sizes is not None and (height, width) not in {tuple(size) for size in sizes}:
+        known = ", ".join(f"{w} x {h}" for h, w in sizes)
+        raise InvalidInput(
+            f"{name} draws {known} only, not {width} x {height}. Ask for that size or use another model."
+        )
+
+
+def cut_told(drawn: tuple[int, int], height: int, width: int) -> str | None:
+    """Return a sentence about how much of a picture of size `drawn` is cut away, if it is most of it."""
+    fitted = fitted_size(*drawn, height, width)
+    kept = height * width / (fitted[0] * fitted[1])
+    if kept >= LEAST_KEPT:
+        return None
+    return (
+        f"No trained shape is near {width} x {height}: the picture is drawn at {drawn[1]} x {drawn[0]}, and"
+        f" {1 - kept:.0%} of it is cut away. Ask for a size that is less long and thin."
+    )
 
 
 BINS: dict[int, dict[float, tuple[int, int]]] = {

@@ -15,20 +15,22 @@ from sana.engine.generate import Plan, Reply, denoise, drawn_size
 from sana.engine.images import resize_and_crop, to_pictures
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions, Predictor
-from sana.engine.request import Request, ResolvedRequest
+from sana.engine.request import Request, ResolvedRequest, SamplerName
 from sana.evaluation.seams import Draw, Picture, Restore
 from sana.flow.path import draw_noise
 from sana.flow.samplers import Step, find_sampler
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
 
-def resolve(parts: Parts, *, steps: int | None = None, guidance: float | None = None) -> ResolvedRequest:
+def resolve(
+    parts: Parts, *, steps: int | None = None, guidance: float | None = None, sampler: SamplerName | None = None
+) -> ResolvedRequest:
     """Return the order that the metrics' pictures follow; None is what the model's card recommends.
 
     Raises:
         InvalidInput: the model cannot draw what is asked.
     """
-    request = Request(prompt="", width=SIZE, height=SIZE, steps=steps, guidance=guidance, seed=0)
+    request = Request(prompt="", width=SIZE, height=SIZE, steps=steps, guidance=guidance, sampler=sampler, seed=0)
     return request.resolve(parts.effective_card)
 
 

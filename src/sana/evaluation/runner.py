@@ -1,21 +1,23 @@
-"""Runs a metric by name over a loaded model, and writes its report."""
+"""Runs a metric by name over a loaded model, and writes its report.
+
+What can be measured is known before torch is imported: the metrics themselves are imported when they run.
+"""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
-from sana.engine.images import write_atomically
-from sana.engine.parts import Parts
+from sana.engine.request import SamplerName
 from sana.errors import InvalidInput, did_you_mean
-from sana.evaluation.autoencoder import evaluate_autoencoder
-from sana.evaluation.drawing import drawer, resolve, restorer
-from sana.evaluation.geneval import evaluate
-from sana.evaluation.seams import Progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sana.engine.parts import Parts
+    from sana.evaluation.seams import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class Settings:
     guidance: float | None = None
     """Guidance scale (geneval); left out, what the model's card recommends."""
 
+    sampler: SamplerName | None = None
+    """How the steps are taken (geneval); left out, what the model's card recommends."""
+
     seed: int = 0
     """geneval: picture i of every prompt is drawn with seed + i; autoencoder: which scenes are taken."""
 
@@ -48,7 +53,7 @@ class Report(Protocol):
     """What every metric returns."""
 
     @property
-    def sheet(self) -> Image.Image | None:
+    def sheet(self) -> "Image.Image | None":
         """Sample pictures."""
         ...
 
@@ -69,11 +74,11 @@ class Metric:
     """What it measures, in one line."""
     needs: tuple[str, ...]
     """The parts of a model that it uses."""
-    run: Callable[[Parts, Settings, Progress | None], Report]
+    run: "Callable[[Parts, Settings, Progress | None], Report]"
     """The metric itself; the last argument is told how many pictures are done, and of how many."""
 
 
-def run(metric: str, parts: Parts, settings: Settings, progress: Progress | None = None) -> Report:
+def run(metric: str, parts: "Parts", settings: Settings, progress: "Progress | None" = None) -> Report:
     """Measure a model with the metric of that name.
 
     Raises:
@@ -92,6 +97,8 @@ def save(report: Report, path: str | Path, *, force: bool = False) -> Path:
     Raises:
         InvalidInput: the folder is missing, or the file exists and `force` is off.
     """
+    from sana.engine.images import write_atomically
+
     text = json.dumps(report.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
     def write(file: BufferedWriter) -> None:
@@ -107,6 +114,8 @@ def save_sheet(report: Report, path: str | Path, *, force: bool = False) -> Path
     Raises:
         InvalidInput: there are no pictures, the folder is missing, or the file exists and `force` is off.
     """
+    from sana.engine.images import write_atomically
+
     sheet = report.sheet
     if sheet is None:
         raise InvalidInput("This report has no sample pictures. Save it as JSON only.")
@@ -114,8 +123,11 @@ def save_sheet(report: Report, path: str | Path, *, force: bool = False) -> Path
     return Path(path)
 
 
-def _geneval(parts: Parts, settings: Settings, progress: Progress | None) -> Report:
-    order = resolve(parts, steps=settings.steps, guidance=settings.guidance)
+def _geneval(parts: "Parts", settings: Settings, progress: "Progress | None") -> Report:
+    from sana.evaluation.drawing import drawer, resolve, restorer
+    from sana.evaluation.geneval import evaluate
+
+    order = resolve(parts, steps=settings.steps, guidance=settings.guidance, sampler=settings.sampler)
     return evaluate(
         drawer(parts, order),
         prompts=settings.prompts,
@@ -133,7 +145,10 @@ def _geneval(parts: Parts, settings: Settings, progress: Progress | None) -> Rep
     )
 
 
-def _autoencoder(parts: Parts, settings: Settings, progress: Progress | None) -> Report:
+def _autoencoder(parts: "Parts", settings: Settings, progress: "Progress | None") -> Report:
+    from sana.evaluation.autoencoder import evaluate_autoencoder
+    from sana.evaluation.drawing import restorer
+
     return evaluate_autoencoder(
         restorer(parts, batch_size=settings.batch_size),
         scenes=settings.scenes,

@@ -208,9 +208,15 @@ def custom_grid(
 
 def _numbers(values: Numbers, name: str) -> list[float]:
     """Return the values as a list of Python numbers, integers kept as integers."""
-    listed = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    try:
+        listed = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    except ValueError:  # lists of different lengths
+        listed = np.empty(0)
     if listed.ndim != 1 or len(listed) == 0 or listed.dtype.kind not in "iuf":
-        raise InvalidInput(f"`{name}` must be a list of numbers, but is {values!r}. Give for example [999, 750, 400].")
+        kind = type(values).__name__
+        raise InvalidInput(
+            f"`{name}` must be a list of numbers, but is a {kind} of something else. Give for example [999, 750, 400]."
+        )
     return list(listed.tolist())
 
 
@@ -231,7 +237,7 @@ def _check_falling(values: Sequence[float], name: str) -> None:
 
 def _checked_steps(num_steps: int | None) -> int:
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise InvalidInput(f"The number of steps must be a whole number of at least 1, but is {num_steps!r}.")
+        raise InvalidInput(f"The number of steps must be a whole number of at least 1, but is {str(num_steps)[:40]}.")
     return num_steps
 
 

@@ -3,17 +3,21 @@
 Shapes: B prompts, n images per prompt, T text length, E text width, C h w latents.
 """
 
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
 
+from sana.engine.request import MAX_SIDE, MAX_STEPS, shown
+from sana.engine.resolution import check_step
 from sana.errors import InvalidInput
 
-SIZE_STEP = 32
+MAX_IMAGES = 10_000
+MAX_SCALE = 1e6
+MAX_LENGTH = 8192
+"""Longest prompt in tokens: what a Gemma-2 model can read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,23 +50,27 @@ class TextInputs:
         return list(negative) if isinstance(negative, list) else [negative or ""] * self.batch_size
 
 
-def check_positive(**values: Any) -> None:
-    """Raise InvalidInput, naming the argument, unless each is a whole number of at least 1."""
+def check_counts(most: int, **values: Any) -> None:
+    """Raise InvalidInput, naming the argument, unless each is a whole number from 1 to `most`."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidInput(f"`{name}` has to be a whole number of at least 1 but is {value!r}.")
+            raise InvalidInput(f"`{name}` has to be a whole number of at least 1 but is {shown(value)}.")
+        if value > most:
+            raise InvalidInput(f"`{name}` has to be at most {most} but is {shown(value)}.")
 
 
-def check_size(height: Any, width: Any) -> None:
-    """Raise InvalidInput unless both sides are positive multiples of 32."""
-    check_positive(height=height, width=width)
-    if height % SIZE_STEP or width % SIZE_STEP:
-        raise InvalidInput(f"`height` and `width` have to be divisible by 32 but are {height} and {width}.")
+def check_size(height: Any, width: Any, *, binning: bool) -> None:
+    """Raise InvalidInput unless both sides can be drawn; without binning they must be multiples of 32."""
+    check_counts(MAX_SIDE, height=height, width=width)
+    if not binning:
+        check_step(height, width)
 
 
 def check_callback_tensors(wanted: Sequence[str], known: Sequence[str]) -> None:
     """Raise InvalidInput for a tensor that no callback can have."""
-    bad = [name for name in wanted if name not in known]
+    if not isinstance(wanted, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in wanted):
+        raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be a list of names but is {shown(wanted)}.")
+    bad = [name[:60] for name in wanted if name not in known]
     if bad:
         raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be in {list(known)}, but found {bad}")
 
@@ -77,8 +85,8 @@ def check_text(text: TextInputs, *, guided: bool) -> None:
 def _check_prompt(text: TextInputs) -> None:
     if text.prompt is not None and text.prompt_embeds is not None:
         raise InvalidInput(
-            f"Cannot forward both `prompt`: {text.prompt} and `prompt_embeds`: {text.prompt_embeds}. Please make sure"
-            " to only forward one of the two."
+            f"Cannot forward both `prompt`: {_plain(text.prompt)} and `prompt_embeds`:"
+            f" {shown(text.prompt_embeds)}. Please make sure to only forward one of the two."
         )
     if text.prompt is None and text.prompt_embeds is None:
         raise InvalidInput(
@@ -86,6 +94,11 @@ def _check_prompt(text: TextInputs) -> None:
         )
     if text.prompt is not None:
         _check_strings("prompt", text.prompt)
+
+
+def _plain(value: object) -> str:
+    """Return text as the documented messages have it, without quotes, but not all of a long one."""
+    return value[:60] if isinstance(value, str) else shown(value)
 
 
 def _check_strings(name: str, value: Any) -> None:
@@ -103,8 +116,8 @@ def _check_negative(text: TextInputs, *, guided: bool) -> None:
         given = getattr(text, name)
         if given is not None and text.negative_prompt_embeds is not None:
             raise InvalidInput(
-                f"Cannot forward both `{name}`: {given} and `negative_prompt_embeds`:"
-                f" {text.negative_prompt_embeds}. Please make sure to only forward one of the two."
+                f"Cannot forward both `{name}`: {_plain(given)} and `negative_prompt_embeds`:"
+                f" {shown(text.negative_prompt_embeds)}. Please make sure to only forward one of the two."
             )
     negative = text.negative_prompt
     if negative is None:
@@ -126,6 +139,8 @@ def _check_embeds(text: TextInputs) -> None:
             continue
         if mask is None:
             raise InvalidInput(f"Must provide `{name}_attention_mask` when specifying `{name}_embeds`.")
+        for kind, tensor in (("embeds", embeds), ("attention_mask", mask)):
+            check_tensor(f"{name}_{kind}", tensor)
         if embeds.ndim != 3 or mask.shape != embeds.shape[:2]:
             raise InvalidInput(
                 f"`{name}_embeds` must be [B, T, E] and `{name}_attention_mask` [B, T], but got {tuple(embeds.shape)}"
@@ -144,11 +159,39 @@ def _check_embeds(text: TextInputs) -> None:
 
 def check_numbers(num_inference_steps: Any, guidance_scale: Any, num_images_per_prompt: Any, eta: Any) -> None:
     """Raise InvalidInput for numbers no picture can be made with; warn about an `eta`, documented as ignored."""
-    check_positive(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
-    if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
-        raise InvalidInput(f"`guidance_scale` has to be a finite number but is {guidance_scale!r}.")
+    check_counts(MAX_STEPS, num_inference_steps=num_inference_steps)
+    check_counts(MAX_IMAGES, num_images_per_prompt=num_images_per_prompt)
+    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not number or not -MAX_SCALE <= guidance_scale <= MAX_SCALE:  # no number is between NaN and anything
+        raise InvalidInput(
+            f"`guidance_scale` has to be a finite number, at most a million, but is {shown(guidance_scale)}."
+        )
+    if not isinstance(eta, int | float):
+        raise InvalidInput(f"`eta` has to be a number but is {shown(eta)}.")
     if eta:
         warnings.warn("`eta` is ignored: no scheduler of SANA takes it.", stacklevel=3)
+
+
+def check_switches(**values: Any) -> None:
+    """Raise InvalidInput, naming the argument, unless each is true or false, or the 0, 1 or None of old callers."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, int) and value in (0, 1)):
+            raise InvalidInput(f"`{name}` has to be True or False but is {shown(value)}.")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise InvalidInput unless a value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise InvalidInput(f"`{name}` has to be a `torch.Tensor` but is {shown(value)}.")
+
+
+def check_rest(max_sequence_length: Any, attention_kwargs: Any, callback: Any) -> None:
+    """Raise InvalidInput for a length, adapter options or a callback of another kind."""
+    check_counts(MAX_LENGTH, max_sequence_length=max_sequence_length)
+    if attention_kwargs is not None and not isinstance(attention_kwargs, Mapping):
+        raise InvalidInput(f"`attention_kwargs` has to be a mapping but is {shown(attention_kwargs)}.")
+    if callback is not None and not callable(callback):
+        raise InvalidInput(f"`callback_on_step_end` has to be a function but is {shown(callback)}.")
 
 
 def check_start(generator: Any, latents: Tensor | None, expected: tuple[int, int, int, int]) -> None:
@@ -156,9 +199,11 @@ def check_start(generator: Any, latents: Tensor | None, expected: tuple[int, int
     for one in generator if isinstance(generator, list | tuple) else [generator]:
         if not isinstance(one, Generator) and generator is not None:
             raise InvalidInput(
-                f"`generator` has to be a `torch.Generator` or a list of them but is {generator!r}. For a seed write"
-                " `torch.Generator().manual_seed(seed)`."
+                f"`generator` has to be a `torch.Generator` or a list of them but is {shown(generator)}. For a seed"
+                " write `torch.Generator().manual_seed(seed)`."
             )
+    if latents is not None:
+        check_tensor("latents", latents)
     if latents is not None and tuple(latents.shape) != expected:
         raise InvalidInput(
             f"`latents` has shape {tuple(latents.shape)} but this call needs {expected}. Give one row per image and the"

@@ -13,6 +13,7 @@ from torch import Tensor
 from sana.engine.generate import Change
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions
+from sana.engine.request import shown
 from sana.errors import MissingDependency, did_you_mean
 from sana.flow.samplers import Step
 
@@ -29,12 +30,14 @@ def encode(
     Without the packages that `clean_caption` needs the prompts are only lower-cased and stripped, with a warning.
     """
     try:
-        found = parts.prompts.encode(prompts, instruction or None, limit, clean_caption)
+        found = parts.prompts.encode(prompts, instruction, limit, clean_caption)
     except MissingDependency as error:
         warnings.warn(f"`clean_caption` is ignored: {error}", stacklevel=4)
-        found = parts.prompts.encode(prompts, instruction or None, limit, clean_caption=False)
+        found = parts.prompts.encode(prompts, instruction, limit, clean_caption=False)
     for rest in filter(None, found.truncated):
-        warnings.warn(f"The end of a prompt was not read because it exceeds {limit} tokens: {rest!r}", stacklevel=4)
+        warnings.warn(
+            f"The end of a prompt was not read because it exceeds {limit} tokens: {shown(rest)}", stacklevel=4
+        )
     return found.embeds, found.mask
 
 

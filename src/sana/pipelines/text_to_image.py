@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sana.engine.decode import decode
+from sana.engine.decode import decode_to, full_memory_told
 from sana.engine.generate import Change, Plan, denoise
 from sana.engine.images import check_finite, check_output_type, resize_and_crop, to_pictures
 from sana.engine.predictor import Captions, Predictor
-from sana.engine.resolution import nearest_bin
+from sana.engine.request import shown
+from sana.engine.resolution import check_known, cut_told, nearest_bin
 from sana.errors import InvalidInput
 from sana.flow.adapter import SchedulerSampler, set_timesteps
 from sana.flow.path import draw_noise
@@ -100,6 +102,7 @@ class SanaPipeline(Pipeline):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
         checks.check_text(text, guided=do_classifier_free_guidance)
+        checks.check_counts(checks.MAX_LENGTH, max_sequence_length=max_sequence_length)
         positive = self._positive(text, complex_human_instruction, max_sequence_length, clean_caption)
         place = device if device is not None else self.device
         prompt_embeds, prompt_attention_mask = (
@@ -184,7 +187,8 @@ class SanaPipeline(Pipeline):
         Raises:
             InvalidInput: an argument is impossible or contradicts another (a ValueError); nothing was computed.
             NonFinite: latents or pictures contain NaN or infinity.
-            OutOfMemory: not even one tile can be decoded; the finished latents are on the error.
+            OutOfMemory: the text or the steps need too much; or not even one tile can be decoded, and then the finished
+                latents are on the error.
         """
         text = TextInputs(
             prompt=prompt,
@@ -197,7 +201,11 @@ class SanaPipeline(Pipeline):
         names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         images = 1 if num_images_per_prompt is None else num_images_per_prompt
         self._check_parts(text, output_type)
+        checks.check_switches(
+            return_dict=return_dict, clean_caption=clean_caption, use_resolution_binning=use_resolution_binning
+        )
         checks.check_numbers(num_inference_steps, guidance_scale, images, eta)
+        checks.check_rest(max_sequence_length, attention_kwargs, callback_on_step_end)
         drawn = self._drawn_size(height, width, use_resolution_binning)
         checks.check_callback_tensors(names, self._callback_tensor_inputs)
         checks.check_text(text, guided=guidance_scale > 1)
@@ -205,20 +213,22 @@ class SanaPipeline(Pipeline):
         checks.check_start(generator, latents, shape)
         self._begin(guidance_scale, attention_kwargs)
 
-        positive = self._positive(text, complex_human_instruction, max_sequence_length, clean_caption)
         guided = self.do_classifier_free_guidance
-        negative = self._negative(text, max_sequence_length, clean_caption) if guided else None
+        with full_memory_told(_NO_ROOM_FOR_TEXT):
+            positive = self._positive(text, complex_human_instruction, max_sequence_length, clean_caption)
+            negative = self._negative(text, max_sequence_length, clean_caption) if guided else None
         set_timesteps(self.scheduler, num_inference_steps, device=self.device, timesteps=timesteps, sigmas=sigmas)
-        plan = self._plan(positive, negative, images, generator, latents, shape)
-        bridge = None
-        if callback_on_step_end is not None:
-            bridge = CallbackBridge(self, callback_on_step_end, names, positive, negative, images)
-        final = self._denoise(plan, bridge)
+        with full_memory_told(_NO_ROOM_FOR_STEPS):
+            plan = self._plan(positive, negative, images, generator, latents, shape)
+            bridge = None
+            if callback_on_step_end is not None:
+                bridge = CallbackBridge(self, callback_on_step_end, names, positive, negative, images)
+            final = self._denoise(plan, bridge)
         pictures = self._pictures(final, output_type, (height, width) if use_resolution_binning else drawn)
         return SanaPipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _check_parts(self, text: TextInputs, output_type: str | None) -> None:
-        check_output_type(str(output_type))
+        check_output_type(output_type[:60] if isinstance(output_type, str) else shown(output_type))
         self.parts.require("transformer", "scheduler")
         if output_type != "latent":
             self.parts.require("vae")
@@ -232,18 +242,16 @@ class SanaPipeline(Pipeline):
 
     def _drawn_size(self, height: int, width: int, binning: bool) -> tuple[int, int]:
         """Return the (height, width) that is drawn, which binning may make another than the requested one."""
-        if binning:
-            checks.check_positive(height=height, width=width)
-            return nearest_bin(height, width, self.transformer.config.sample_size)
-        checks.check_size(height, width)
-        card = self.parts.card
-        if card is not None and card.sizes is not None and (height, width) not in card.sizes:
-            known = ", ".join(f"{w} x {h}" for h, w in card.sizes)
-            raise InvalidInput(
-                f"{card.name} draws {known} only, not {width} x {height}. Ask for that size, or leave"
-                " use_resolution_binning on and the picture is resized."
-            )
-        return height, width
+        checks.check_size(height, width, binning=binning)
+        if not binning:
+            card = self.parts.card
+            check_known(card.name if card is not None else "", card.sizes if card is not None else None, height, width)
+            return height, width
+        drawn = nearest_bin(height, width, self.transformer.config.sample_size)
+        told = cut_told(drawn, height, width)
+        if told is not None:
+            warnings.warn(told, stacklevel=3)
+        return drawn
 
     def _latent_shape(self, rows: int, drawn: tuple[int, int]) -> tuple[int, int, int, int]:
         factor = self.vae_scale_factor
@@ -253,7 +261,7 @@ class SanaPipeline(Pipeline):
         """Set what the properties tell about the current call."""
         if attention_kwargs:
             warnings.warn(
-                f"`attention_kwargs` {dict(attention_kwargs)} is ignored: no adapter is loaded.", stacklevel=3
+                f"`attention_kwargs` {shown(attention_kwargs)} is ignored: no adapter is loaded.", stacklevel=3
             )
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -304,4 +312,19 @@ class SanaPipeline(Pipeline):
         if output_type == "latent":
             check_finite(latents, "latents")
             return latents
-        return to_pictures(resize_and_crop(decode(self.vae, latents), *size), str(output_type))
+        made = decode_to(
+            lambda images: to_pictures(resize_and_crop(images, *size), str(output_type)), self.vae, latents
+        )
+        if output_type == "pil":
+            return [picture for batch in made for picture in batch]
+        return torch.cat(made) if output_type == "pt" else np.concatenate(made)
+
+
+_NO_ROOM_FOR_TEXT = (
+    "The memory is full: the prompts cannot be encoded. Give fewer of them, lower `max_sequence_length`, or load the"
+    " text encoder in bfloat16."
+)
+_NO_ROOM_FOR_STEPS = (
+    "The memory is full: the pictures cannot be denoised. Ask for fewer at once (`num_images_per_prompt`, prompts), for"
+    " a smaller `height` and `width`, or take a smaller model."
+)
