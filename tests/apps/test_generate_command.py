@@ -22,23 +22,8 @@ from sana.apps.cli.order import parse
 from sana.apps.cli.output import Terminal
 from sana.cards import CARDS
 from sana.engine import generate as engine
+from sana.engine.request import Result
 from sana.errors import InvalidInput, NonFinite
-
-
-@pytest.fixture
-def draw(sana: Sana, tiny_folder: Path) -> Sana:
-    """`sana ... -m TINY`, two steps unless said otherwise."""
-    return lambda *words: sana(*words, "-m", str(tiny_folder), *(() if "--steps" in words else ("--steps", "2")))
-
-
-@pytest.fixture
-def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loading of a model fail the test."""
-
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("sana.engine.parts.load", load)
 
 
 @pytest.fixture
@@ -47,10 +32,17 @@ def break_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     original = engine.generate
 
     def install(seed: int, error: BaseException) -> None:
-        def generate(parts: Any, request: Any) -> Iterator[Any]:
-            if request.seed == seed:
-                raise error
-            return (yield from original(parts, request))
+        def generate(parts: Any, request: Any, **others: Any) -> Iterator[Any]:
+            whole, pictures = original(parts, request, **others), 0
+            while True:
+                if request.seed + pictures == seed:
+                    raise error
+                try:
+                    event = next(whole)
+                except StopIteration as end:
+                    return end.value
+                pictures += isinstance(event, Result)
+                yield event
 
         monkeypatch.setattr(engine, "generate", generate)
 
@@ -268,7 +260,7 @@ def test_ctrl_c_ends_the_command_with_one_line(tiny_folder: Path, tmp_path: Path
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.startswith("sana: Interrupted. ")
-    assert err.endswith(" of 999 pictures were written.\n")
+    assert err.endswith(" of 999 pictures were written. For the rest, repeat the command with --skip-existing.\n")
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.glob(".*.tmp"))
 
@@ -292,7 +284,8 @@ def test_models_from_the_hub_are_introduced_with_their_terms(capsys: pytest.Capt
     terminal = Terminal()
     _introduce(CARDS["sana-1.6b-512"], parse(["一只猫", "-m", "sana-1.6b-512"]), terminal)
     said = capsys.readouterr().err
-    assert "huggingface.co/Efficient-Large-Model/Sana_1600M_512px_diffusers (NVIDIA licence" in said
+    assert "huggingface.co/Efficient-Large-Model/Sana_1600M_512px_diffusers" in said
+    assert "NVIDIA licence (NSCL v2-custom) and Gemma terms of use" in " ".join(said.split())
     assert "not trained on Chinese" in terminal.warnings[0]
 
 

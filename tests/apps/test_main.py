@@ -1,4 +1,4 @@
-"""The command as a whole: pages, verbs, streams, start-up, and a thousand odd command lines."""
+"""The command as a whole: pages, verbs, streams and start-up."""
 
 import json
 import os
@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 from command import Sana
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import sana as package
-from sana.apps.cli import VERBS, main
+from sana.apps.cli import VERBS
 from sana.apps.cli.output import Progress, Terminal, duration, printable
 
 DOCUMENTED = {0, 1, 2, 3, 4, 6, 130}
@@ -103,33 +101,6 @@ def test_paths_on_an_ascii_stdout_keep_their_bytes() -> None:
     code = "from sana.apps.cli.output import Terminal; Terminal(json=True).document({'a': '猫'})"
     done = call(sys.executable, "-c", code, PYTHONIOENCODING="ascii")
     assert json.loads(done.stdout) == {"a": "猫"}
-
-
-ODD = """a-fox -- - --help --json -q -m nano --steps 0 3 --seed 1-4 --size 16:9 --cfg nan inf -1 --no-binning info
-models train --run.steps -o x.png --sampler scm 猫 --count 99999999999999999999 --guidance-interval --threads generate
-evaluate"""
-odd_words = st.sampled_from(["", "a fox", *ODD.split()]) | st.text(max_size=12)
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(words=st.lists(odd_words, max_size=6))
-def test_no_command_line_brings_a_traceback(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sana.apps.cli.machine.Machine.load", _refuse)
-    code = main(words)
-    said = capfd.readouterr()
-    assert code in DOCUMENTED
-    assert "Traceback" not in said.err
-    assert "Unexpected error" not in said.err, said.err
-    assert code == 0 or said.err.strip()
-    if "--json" in words and "--" not in words and not {"--help", "-h", "help"} & set(words):
-        json.loads(said.out)
-
-
-def _refuse(*_: object) -> None:
-    raise package.errors.ModelNotFound("There is no model in this test.")
 
 
 def test_progress_is_a_line_at_every_tenth_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

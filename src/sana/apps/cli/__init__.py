@@ -4,16 +4,18 @@ import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import sana
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.output import Terminal, silence_stdout
 from sana.errors import InvalidInput, SanaError
 
 INTERRUPTED = 130
+LONGEST_ERROR = 600
+"""Characters; what the user typed is repeated in some errors, and may be a whole book."""
 
 
 class Verb(NamedTuple):
@@ -26,19 +28,19 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; `argv` is everything behind the program's name."""
     words = list(sys.argv[1:] if argv is None else argv)
-    flags = set(words[: words.index("--")] if "--" in words else words)
-    terminal = Terminal(
-        json="--json" in flags, quiet=bool(flags & {"-q", "--quiet"}), verbose=bool(flags & {"-v", "--verbose"})
-    )
+    _fill_gaps()
+    terminal = _terminal(words)
     try:
         with terminal.listening():
             return _run(words, terminal)
     except SystemExit as stop:  # the parser's own way to end after --help
         return int(stop.code or 0)
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return 1
     except KeyboardInterrupt as stop:
+        if argv is None:  # a process of its own, which a second one ends at once, without a word
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return _fail(terminal, stop, f"Interrupted. {stop}".strip(), INTERRUPTED)
     except SanaError as error:
         return _fail(terminal, error, str(error), error.exit_code)
@@ -48,6 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         return _fail(terminal, error, f"Unexpected error ({text}). Run the command with -v for the traceback.", 1)
+
+
+def _terminal(words: Sequence[str]) -> Terminal:
+    """Return the streams as the flags want them, which must be known before anything can go wrong."""
+    flags = set(words[: words.index("--")] if "--" in words else words)
+    return Terminal(
+        json="--json" in flags,
+        events="--events" in flags and "--json" not in flags,
+        quiet=bool(flags & {"-q", "--quiet"}),
+        verbose=bool(flags & {"-v", "--verbose"}),
+        thumbnail=False if "--no-thumbnail" in flags else True if "--thumbnail" in flags else None,
+    )
+
+
+def _fill_gaps() -> None:
+    """Open the standard streams that the caller closed, so that no file gets their number, and their output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def _run(words: list[str], terminal: Terminal) -> int:
@@ -64,6 +87,8 @@ def _run(words: list[str], terminal: Terminal) -> int:
     if first not in VERBS:
         _check_typo(first)
         first, rest = "generate", words
+    if first == "generate":
+        _check_encoding(rest)
     code: int = importlib.import_module(VERBS[first].module).run(rest, terminal)
     return code
 
@@ -75,39 +100,48 @@ def _check_typo(word: str) -> None:
         raise InvalidInput(f"There is no verb '{word}'. Did you mean '{close[0]}'? To draw it: sana generate {word}")
 
 
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuse a prompt in UTF-8 where Python was told that nothing is: its files could not be named.
+
+    Raises:
+        InvalidInput: saying how to tell it otherwise.
+    """
+    encoding = sys.getfilesystemencoding()
+    for word in words:
+        with contextlib.suppress(UnicodeError):
+            if encoding.startswith("utf") or os.fsencode(word).decode() == word:
+                continue
+            raise InvalidInput(
+                f"The words are in UTF-8, but the environment says {encoding}. Run it again with PYTHONUTF8=1 set."
+            )
+
+
 def _fail(terminal: Terminal, error: BaseException, text: str, code: int) -> int:
     """Tell the error, complete the JSON document, and return the exit code."""
+    text = text if len(text) <= LONGEST_ERROR else f"{text[:400]} ... {text[-150:]}"
     try:
-        if terminal.verbose:
-            traceback.print_exception(error)
-        terminal.error(text)
-        terminal.document({**terminal.draft, "error": {"message": text, "exit_code": code}})
-    except BrokenPipeError:
-        _silence_stdout()
+        terminal.explain(error)
+        terminal.error(text, code)
+    except OSError:  # stdout is closed, or full
+        silence_stdout()
     return code
 
 
-def _silence_stdout() -> None:
-    """Let the interpreter's last flush of a closed pipe go nowhere."""
-    with contextlib.suppress(OSError, ValueError):  # stdout may be no real file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _help() -> str:
-    verbs = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<11} {verb.summary}" for name, verb in VERBS.items())
     return HELP.format(version=sana.__version__, verbs=verbs)
 
 
 FRONT_PAGE = f"""\
 sana {sana.__version__}: pictures from words, with SANA models, on this computer.
 
-Try:
-  sana "a red fish above a yellow boat"   draw a picture into this folder
-  sana info PICTURE.png                   show how a picture was made
-  sana models                             list the models
+  sana "a red fish above a yellow boat"    draw a picture into this folder
+  sana info PICTURE.png                    show how a picture was made
+  sana models                              list the models: sizes, terms, limits
 
-The built-in model is a toy: it shows that everything works, not SANA's quality.
-Help: sana --help, and sana VERB --help for each verb."""
+The built-in model needs no network. It is a toy: it shows that everything works,
+not SANA's quality. For that: sana -m sana-0.6b-512 "PROMPT" (says what it loads).
+Is something amiss? sana doctor    All else: sana --help, sana VERB --help"""
 
 HELP = """\
 sana {version}: pictures from words, with SANA models, on this computer.
@@ -118,16 +152,23 @@ usage: sana "PROMPT" [options]     the same as: sana generate "PROMPT" [options]
 verbs:
 {verbs}
 
-`sana VERB --help` lists the options of a verb; `sana generate --help` those of a picture.
-With --json every verb prints one JSON document. Results go to stdout, all else to stderr.
+`sana VERB --help` lists the options of a verb, `sana generate --help` those of
+a picture. Results go to stdout, all else to stderr; with --json every verb
+prints one JSON document, with --events what happens as JSON, line by line.
 
-exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found or broken,
-            4 out of memory, 6 only some of the pictures were made, 130 interrupted"""
+exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found
+            or broken, 4 out of memory, 6 only some of the pictures were made,
+            130 interrupted"""
 
 VERBS = {
     "generate": Verb("sana.apps.cli.generate", "draw pictures; what happens when no verb is given"),
     "info": Verb("sana.apps.cli.info", "show how a picture was made, without loading a model"),
+    "replay": Verb("sana.apps.cli.replay", "draw a picture again and compare every pixel"),
+    "decode": Verb("sana.apps.cli.decode", "make pictures from latents that were saved"),
     "models": Verb("sana.apps.cli.models", "list the models, or tell all about one"),
+    "config": Verb("sana.apps.cli.config", "show every setting and where it comes from"),
+    "doctor": Verb("sana.apps.cli.doctor", "check this computer, and say how to mend what is amiss"),
+    "completion": Verb("sana.apps.cli.completion", "print a script that completes words in a shell"),
     "train": Verb("sana.apps.cli.train", "train from recipes; goes on where it was stopped"),
     "evaluate": Verb("sana.apps.cli.evaluate", "measure a model and print the table"),
 }

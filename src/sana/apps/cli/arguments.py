@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import re
 import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from sana.errors import InvalidInput, did_you_mean
 
@@ -51,6 +52,10 @@ class Common:
 
     json: bool = False
     """Print one JSON document on stdout instead of lines."""
+    events: bool = False
+    """Print what happens on stdout as it happens, one JSON object a line."""
+    thumbnail: bool | None = None
+    """Show pictures small in the terminal; left out, where it can."""
     quiet: Annotated[bool, Spelling(short="-q")] = False
     """Say nothing but results and errors."""
     verbose: Annotated[bool, Spelling(short="-v")] = False
@@ -86,7 +91,59 @@ def read(
     for word in rest:
         if _is_flag(word):
             raise InvalidInput(_refusal(word.partition("=")[0], groups, refused or {}))
+    if vars(given).get("json") and vars(given).get("events"):
+        raise InvalidInput("--json prints one document at the end, --events lines on the way. Give one of them.")
     return [*rest, *words[cut + 1 :]], vars(given)
+
+
+class Option(NamedTuple):
+    """A field that is a flag: its type, and what makes its value, or one of its values, from text."""
+
+    kind: Any
+    reader: Callable[[str], Any]
+
+
+def options_of(groups: Sequence[Group]) -> dict[str, Option]:
+    """Return field name -> option for all the flags of the groups."""
+    options: dict[str, Option] = {}
+    for group in groups:
+        for one, kind, spelling in _flags(group):
+            options[one.name] = Option(kind, spelling.read or _value(kind)[1])
+    return options
+
+
+class Flag(NamedTuple):
+    """How a flag is written, for a shell that completes it."""
+
+    names: tuple[str, ...]
+    """Every spelling, the longest last."""
+    summary: str
+    takes_value: bool
+    choices: tuple[str, ...]
+    takes_file: bool
+
+
+def flags_of(groups: Sequence[Group]) -> list[Flag]:
+    """Return all the flags of the groups, and --help."""
+    flags = []
+    for group in groups:
+        sentences = _sentences(group.options)
+        for one, kind, spelling in _flags(group):
+            shown = spelling.value or (_value(kind)[0] if kind is not bool else "")
+            plain = re.sub(r"\[.*?\]", "", shown if isinstance(shown, str) else shown[0])
+            names = [*([spelling.short] if spelling.short else []), *spelling.also, flag_of(one.name)]
+            if kind is bool and one.default is not False:
+                names.insert(0, flag_of(f"no_{one.name}"))
+            flags.append(
+                Flag(
+                    names=tuple(names),
+                    summary=(spelling.hint or sentences.get(one.name, "")).partition(";")[0].rstrip("."),
+                    takes_value=kind is not bool,
+                    choices=tuple(plain.split("|")) if "|" in plain and plain == plain.lower() else (),
+                    takes_file=plain.startswith(("PATH", "FILE", "FOLDER", "MODEL")) or "." in plain,
+                )
+            )
+    return [*flags, Flag(("-h", "--help"), "Show this help", False, (), False)]
 
 
 def flag_of(name: str) -> str:
@@ -129,8 +186,8 @@ def _refusal(flag: str, groups: Sequence[Group], refused: Mapping[str, str]) -> 
         return refused[flag]
     named = [(g, f.name) for g in (*groups, COMMON) for f in dataclasses.fields(g.options)]
     known = [flag_of(name) for group, name in named if name not in group.leave_out]
-    hint = did_you_mean(flag, known) or " All of them: --help."
-    return f"There is no option {flag}.{hint}"
+    hint = did_you_mean(flag[:80], known) or " All of them: --help."
+    return f"There is no option {flag[:80]}.{hint}"
 
 
 def _parser(
@@ -139,7 +196,7 @@ def _parser(
     width = min(shutil.get_terminal_size().columns, 100) - 2
     parser = argparse.ArgumentParser(
         usage=usage,
-        description=description,
+        description=_filled(description, width),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -148,16 +205,29 @@ def _parser(
     )
     sections = {title: parser.add_argument_group(title) for title in dict.fromkeys(group.title for group in groups)}
     for group in groups:
-        hints = typing.get_type_hints(group.options, include_extras=True)
         sentences = sentences_of(group.options)
-        for one in dataclasses.fields(group.options):
-            if one.name not in group.leave_out:
-                hint = hints[one.name]
-                annotated = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Spelling)]
-                spelling = group.spellings.get(one.name) or next(iter(annotated), Spelling())
-                _add(sections[group.title], one, _plain_type(hint), spelling, sentences.get(one.name, ""))
+        for one, kind, spelling in _flags(group):
+            _add(sections[group.title], one, kind, spelling, sentences.get(one.name, ""))
     sections[COMMON.title].add_argument("-h", "--help", action="help", help="Show this help.")
     return parser
+
+
+def _filled(text: str, width: int) -> str:
+    """Return text with its paragraphs set anew, but for those with indented lines: these are tables and examples."""
+    paragraphs = text.split("\n\n")
+    width = max(width, 20)
+    return "\n\n".join(part if "\n " in f"\n{part}" else textwrap.fill(part, width) for part in paragraphs)
+
+
+def _flags(group: Group) -> Iterator[tuple["dataclasses.Field[Any]", Any, Spelling]]:
+    """Yield each field of a group that is a flag, with its type and its spelling."""
+    hints = typing.get_type_hints(group.options, include_extras=True)
+    for one in dataclasses.fields(group.options):
+        if one.name not in group.leave_out:
+            hint = hints[one.name]
+            annotated = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Spelling)]
+            spelling = group.spellings.get(one.name) or next(iter(annotated), Spelling())
+            yield one, _plain_type(hint), spelling
 
 
 def _plain_type(hint: Any) -> Any:
@@ -174,20 +244,24 @@ def _add(section: Any, one: "dataclasses.Field[Any]", kind: Any, spelling: Spell
     flags = [spelling.short, flag_of(one.name)] if spelling.short else [flag_of(one.name)]
     settings: dict[str, Any] = {"dest": one.name}
     if kind is bool:
-        settings["action"] = argparse.BooleanOptionalAction if one.default is True else "store_true"
+        settings["action"] = argparse.BooleanOptionalAction if one.default is not False else "store_true"
     else:
         name, reader, count = _value(kind)
         settings |= {"type": _converter(spelling.read or reader), "metavar": spelling.value or name, "nargs": count}
+        if _is_list(kind):  # given once for each value
+            settings["action"] = "append"
     text = (spelling.hint or sentence) + _default(one.default)
     if spelling.also:
         text += f" Also {', '.join(spelling.also)}."
     section.add_argument(*flags, help=text.replace("%", "%%"), **settings)
     if spelling.also:
         section.add_argument(*spelling.also, help=argparse.SUPPRESS, **settings)
+    if settings.get("action") == "store_true":  # undoes what a configuration file says
+        section.add_argument(flag_of(f"no_{one.name}"), dest=one.name, action="store_false", help=argparse.SUPPRESS)
 
 
 def _default(value: object) -> str:
-    if value is None or value is False or value == "" or value is dataclasses.MISSING:
+    if value is None or value is False or value in ("", ()) or value is dataclasses.MISSING:
         return ""
     shown = "on" if value is True else " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
     return f" (default: {shown})"
@@ -201,9 +275,13 @@ def _value(kind: Any) -> tuple[Any, Callable[[str], Any], int | None]:
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         name, reader, _ = _value(parts[0])
-        return (name,) * len(parts), reader, len(parts)
+        return (name, reader, None) if _is_list(kind) else ((name,) * len(parts), reader, len(parts))
     name, reader = _READERS.get(kind, _READERS[str])
     return name, reader, None
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis
 
 
 def _converter(reader: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -218,7 +296,8 @@ def _converter(reader: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _choice(choices: tuple[str, ...], text: str) -> str:
     if text not in choices:
-        raise InvalidInput(f"must be one of {', '.join(choices)}, not '{text}'.{did_you_mean(text, choices)}")
+        meant = did_you_mean(_SYNONYMS.get(text.lower(), text), choices)
+        raise InvalidInput(f"must be one of {', '.join(choices)}, not '{text[:40]}'.{meant}")
     return text
 
 
@@ -236,6 +315,8 @@ def _number(text: str) -> float:
         raise InvalidInput(f"takes a number, not '{text[:40]}'.") from None
 
 
+_SYNONYMS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""What other programs call a choice, for the suggestion only."""
 COMMON = Group(title="everywhere", options=Common)
 _LACKS = {"expected one argument": "needs a value.", "expected 2 arguments": "needs two values."}
 _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {

@@ -9,13 +9,15 @@ from typing import Annotated
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.machine import MACHINE, Machine, introduce
+from sana.apps.cli.models import listed
 from sana.apps.cli.names import check_files
 from sana.apps.cli.order import named_as_flags
 from sana.apps.cli.output import Terminal
 from sana.errors import InvalidInput, did_you_mean
+from sana.evaluation import runner
 
 USAGE = "sana evaluate METRIC [options]"
-DESCRIPTION = "Measure a model and print the table."
+DESCRIPTION = "Measure a model and print the table.\n\nmetrics:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +34,14 @@ class Files:
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Carry out the verb."""
-    from sana.evaluation import runner  # what can be measured, and how, is written there
-
-    listed = "\n".join(f"  {name:<12} {metric.summary}" for name, metric in runner.METRICS.items())
-    groups = (Group(title="the measurement", options=runner.Settings), MACHINE, Group(title="the files", options=Files))
     with named_as_flags():
-        names, given = arguments.read(words, groups, usage=USAGE, description=f"{DESCRIPTION}\n\nmetrics:\n{listed}")
+        names, given = arguments.read(words, GROUPS, usage=USAGE, description=_description())
         metric = _chosen(names, runner.METRICS)
         machine, files = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
         settings = runner.Settings(**arguments.take(runner.Settings, given))
         targets = _targets(files)
         if machine.card is not None:
-            introduce(machine.card, terminal)
+            introduce(machine.card, terminal, parts=runner.METRICS[metric].needs)
         parts, _ = machine.load(terminal, runner.METRICS[metric].needs)
         began = time.perf_counter()
         with machine.in_use(parts), terminal.count(1, text=metric) as progress:
@@ -61,6 +59,10 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     document = {"files": list(map(str, targets)), "seconds": seconds, "warnings": terminal.warnings}
     terminal.document({**report.to_dict(), **document})
     return 0
+
+
+def _description() -> str:
+    return "\n".join([DESCRIPTION, *listed({name: metric.summary for name, metric in runner.METRICS.items()})])
 
 
 def _chosen(names: Sequence[str], metrics: Mapping[str, object]) -> str:
@@ -85,3 +87,6 @@ def _targets(files: Files) -> list[Path]:
             check_files([target], force=files.force)
             targets.append(target)
     return targets
+
+
+GROUPS = (Group(title="the measurement", options=runner.Settings), MACHINE, Group(title="the files", options=Files))

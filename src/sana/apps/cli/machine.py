@@ -1,6 +1,7 @@
 """The model and the machine it runs on: the flags that choose them, and the loading."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -8,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import sana
+from sana.apps.cli import cache
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.models import DEFAULT_MODEL, TOY, check_model, millions
+from sana.apps.cli.models import DEFAULT_MODEL, TOY, check_model, listed, millions, terms
 from sana.apps.cli.output import Terminal
 from sana.apps.cli.values import read_device
-from sana.cards import CARDS, Card
+from sana.cards import CARDS, FULL, Card
 from sana.errors import InvalidInput, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.parts import Parts
 
+ASSETS = Path(sana.__file__).parent / "assets"
 MAX_THREADS = 1024
 SMALL_MODEL = 50_000_000
 """Below this many parameters a second thread costs more than it brings."""
@@ -36,6 +40,9 @@ class Machine:
     threads: int | None = None
     """CPU threads; left out, a small model gets one and others get all."""
 
+    compile: bool = False
+    """Translate the model for this computer: minutes at first, kept for later runs, then faster pictures."""
+
     def __post_init__(self) -> None:
         check_model(self.model)
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
@@ -48,23 +55,33 @@ class Machine:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that was named, if it is one; a folder goes before a model of that name."""
+        """The folder that was named, if it is one; it goes before a model of that name, but not before the built-in."""
         path = Path(self.model).expanduser()
-        return path if self.model.strip() and path.is_dir() else None
+        return path if self.model.strip() and self.built_in is None and path.is_dir() else None
+
+    @property
+    def built_in(self) -> Path | None:
+        """The folder of the built-in model, if that was named."""
+        card = CARDS.get(self.model)
+        return ASSETS / card.folder if card is not None and card.folder is not None else None
 
     @property
     def source(self) -> str:
-        """The model as a later command finds it from anywhere; the home folder stays a tilde, to name no user."""
+        """The model as a later command finds it from anywhere, but for paths that would name the user."""
         if self.folder is None:
             return self.model
         path, home = self.folder.resolve(), Path("~").expanduser().resolve()
-        return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+        if path.is_relative_to(home) and path != home:
+            return f"~/{path.relative_to(home)}"
+        return path.name if home.name in path.parts else str(path)
 
     def load(self, terminal: Terminal, only: Collection[str] | None = None) -> tuple["Parts", float]:
         """Load the model, or only some parts of it, and tell how many seconds it took."""
         began = time.perf_counter()
-        card = self.card
-        if (card is not None and card.folder is not None) or self.folder is not None:
+        terminal.event("loading", model=self.source)
+        self._warn_of_namesakes(terminal)
+        self._introduce_unnamed(terminal)
+        if (self.built_in or self.folder) is not None:
             bar: contextlib.AbstractContextManager[Any] = terminal.count(1, text=f"loading {self.model}")
         else:  # the hub library draws its own
             bar = _hub_bars(shown=not terminal.quiet and sys.stderr.isatty())
@@ -80,8 +97,31 @@ class Machine:
             variant = self._variant(set(COMPONENTS) - set(absent))
             if variant is not None:
                 terminal.warn(f"{self.model} has no plain weights; its variant {variant} is loaded.")
-            parts = load(self.model, device=self.device, dtype=dtype, variant=variant, **absent)
-        return parts, time.perf_counter() - began
+            place = self.built_in or self.model
+            with _cpu_threads(self.threads or (1 if self.built_in is not None else None)):
+                parts = load(place, device=self.device, dtype=dtype, variant=variant, **absent)
+            if self.compile:
+                parts.compile()
+                terminal.say("The model is compiled with the first picture of a size, which takes longer for that.")
+        seconds = time.perf_counter() - began
+        terminal.event("loaded", model=parts.name, device=parts.device.type, seconds=round(seconds, 4))
+        return parts, seconds
+
+    def _warn_of_namesakes(self, terminal: Terminal) -> None:
+        """Say which of two things of one name is taken: a folder here, or a model that is known by it."""
+        if self.model not in CARDS or not Path(self.model).is_dir():
+            return
+        if self.built_in is not None:
+            terminal.say(f"There is a folder {self.model} here too. For the model in it: -m ./{self.model}")
+        else:
+            terminal.say(f"{self.model} is taken from the folder of that name here, not from the hub.")
+
+    def _introduce_unnamed(self, terminal: Terminal) -> None:
+        """Tell the terms of a published model that was named by its hub id, of which the plain files are loaded."""
+        card = next((card for card in CARDS.values() if card.hub_id == self.model), None)
+        if card is not None and self.folder is None:
+            stored = FULL if card.variant is not None else card.dtypes
+            introduce(dataclasses.replace(card, name=self.model, variant=None, dtypes=stored), terminal)
 
     def _variant(self, needed: Collection[str]) -> str | None:
         """Return the variant of the weights in a folder that has no others."""
@@ -95,30 +135,68 @@ class Machine:
     @contextlib.contextmanager
     def in_use(self, parts: "Parts") -> Iterator[None]:
         """Set the number of CPU threads for the length of a `with` block."""
-        import torch
-
-        before = torch.get_num_threads()
         network = parts.transformer if parts.transformer is not None else parts.vae
         small = sum(weight.numel() for weight in network.parameters()) < SMALL_MODEL
-        torch.set_num_threads(self.threads or (1 if small else before))
-        try:
-            with out_of_memory_told():
-                yield
-        finally:
-            torch.set_num_threads(before)
+        with _cpu_threads(self.threads or (1 if small else None)), out_of_memory_told():
+            yield
 
 
-def introduce(card: Card, terminal: Terminal, name: str | None = None) -> None:
-    """Say what the user should know about a model before waiting for it; another `name` than the card's: a follower."""
+@contextlib.contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads, or with those there are, for the length of a `with` block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def introduce(card: Card, terminal: Terminal, name: str | None = None, parts: Collection[str] | None = None) -> None:
+    """Say once what the user should know about a model before waiting for it.
+
+    Args:
+        name: another name than the card's means a model that follows the card.
+        parts: those that will be loaded; None means all.
+
+    Raises:
+        ModelNotFound: it would have to be downloaded, and the disk has no room for it.
+    """
+    if card.hub_id in terminal.introduced:
+        return
     facts = f"{millions(card.params)} parameters, {card.base_size} px"
     if name is not None and name != card.name:
-        remark = f": {TOY}" if card.folder is not None else f", {card.licence}"
+        remark = f": {TOY}" if card.folder is not None else f", {terms(card)}"
         terminal.say(f"{name} has the architecture and the limits of {card.name} ({facts}){remark}.")
     elif card.folder is not None:
         terminal.say(f"{card.name} is the built-in model ({facts}): {TOY}. For others: sana models")
     elif card.hub_id:
-        terms = f"{card.licence}{', research only' if card.research_only else ''}"
-        terminal.say(f"{card.name} comes from huggingface.co/{card.hub_id} ({terms}); missing files are downloaded.")
+        terminal.introduced.add(card.hub_id)
+        if cache.is_offline() or cache.cached(card, parts).complete:
+            terminal.say(f"{card.name} is huggingface.co/{card.hub_id} ({facts}; {terms(card)}).")
+        else:
+            _announce(card, terminal, parts)
+
+
+def _announce(card: Card, terminal: Terminal, parts: Collection[str] | None) -> None:
+    """Say what a download brings, how large it is and on which terms, and check that there is room for it."""
+    size, here = cache.download_size(card, parts), cache.cached(card, parts).size
+    begun = f", of which {cache.said(here)} are here" if here else ""
+    free = cache.said(cache.free_bytes(cache.folder()))
+    place = cache.host() if card.name == card.hub_id else f"{cache.host()}/{card.hub_id}"
+    terminal.say(f"{card.name} must be downloaded first, from {place}:")
+    rows = {
+        "size": f"about {cache.said(size)}{begun}; {free} are free in {cache.tilde(cache.folder())}",
+        "licence": terms(card),
+        "limits": "; ".join(card.limits),
+        "bias": card.bias,
+        "not for": card.not_for,
+    }
+    for line in listed(rows):
+        terminal.say(line)
+    cache.check_space(card, parts)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """`sana models`: the table of known models, or everything about one."""
 
-from collections.abc import Sequence
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sana.apps.cli import arguments
+from sana.apps.cli import arguments, cache
 from sana.apps.cli.output import Terminal
 from sana.cards import CARDS, Card
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
@@ -37,8 +39,7 @@ def check_model(name: str) -> None:
 
 
 def _no_model(name: str) -> ModelNotFound:
-    longer = next((f" Did you mean '{card}'?" for card in CARDS if name and card.startswith(name)), "")
-    return ModelNotFound(f"There is no model '{name}'.{longer or did_you_mean(name, CARDS)} All of them: sana models")
+    return ModelNotFound(f"There is no model '{name[:80]}'.{did_you_mean(name, CARDS)} All of them: sana models")
 
 
 def millions(params: int) -> str:
@@ -47,11 +48,39 @@ def millions(params: int) -> str:
     return f"{size / 1000:.1f} B" if size >= 1000 else f"{size:.0f} M" if size >= 100 else f"{size:.1f} M"
 
 
+def terms(card: Card) -> str:
+    """Return the licence in a few words."""
+    return card.licence + (", for research only" if card.research_only else "")
+
+
+def listed(rows: Mapping[str, str | Sequence[str]]) -> list[str]:
+    """Return names and values in two columns, wrapped to the terminal; what is empty is left out."""
+    width = max(20, min(shutil.get_terminal_size().columns, 100) - 2)
+    hang = " " * (max(map(len, rows)) + 4)
+    lines = []
+    for name, value in rows.items():
+        for i, part in enumerate([value] if isinstance(value, str) else value):
+            start = f"  {name if i == 0 else ''}".ljust(len(hang))
+            lines += textwrap.wrap(
+                part,
+                width,
+                initial_indent=start,
+                subsequent_indent=hang,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return lines
+
+
 def _facts(card: Card) -> dict[str, Any]:
+    state = cache.cached(card)
     return {
         "name": card.name,
         "hub_id": card.hub_id,
         "built_in": card.folder is not None,
+        "here": state.complete,
+        "bytes_here": state.size,
+        "download_bytes": cache.download_size(card),
         "kind": card.product,
         "pixels": card.base_size,
         "parameters": card.params,
@@ -60,36 +89,64 @@ def _facts(card: Card) -> dict[str, Any]:
         "sampler": card.sampler,
         "languages": list(card.languages),
         "licence": card.licence,
+        "terms": list(card.terms),
         "research_only": card.research_only,
+        "limits": list(card.limits),
+        "bias": card.bias,
+        "not_for": card.not_for,
         "note": card.note,
     }
 
 
 def _table(cards: Sequence[Card]) -> str:
-    rows = [("model", "pixels", "parameters", "steps", "languages", "")]
+    rows = [("model", "pixels", "params", "steps", "languages", "download")]
     for card in cards:
-        remark = "built in, a toy" if card.folder else "research only" if card.research_only else ""
         size, languages = str(card.base_size), " ".join(card.languages)
-        rows.append((card.name, size, millions(card.params), str(card.steps), languages, remark))
+        rows.append((card.name, size, millions(card.params), str(card.steps), languages, _place(card)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    terms = dict.fromkeys(f"{'built in' if card.folder else 'the others'}: {card.licence}" for card in cards)
-    advice = 'Draw with one: sana -m NAME "PROMPT". More about one: sana models NAME'
-    return "\n".join([*lines, "", f"Licences: {'; '.join(terms)}.", advice])
+    licences = dict.fromkeys(f"{'built in' if card.folder else 'others'}: {terms(card)}" for card in cards)
+    advice = 'Draw with one: sana -m NAME "PROMPT". Limits, bias and terms: sana models NAME'
+    return "\n".join([*lines, "", "Licences:", *(f"  {text}" for text in licences), advice])
+
+
+def _place(card: Card) -> str:
+    """Return the cell that says whether a model is here, or how large its download is."""
+    if card.folder is not None:
+        return "built in, a toy"
+    return "here" if cache.cached(card).complete else cache.said(cache.download_size(card))
 
 
 def _sheet(card: Card) -> str:
-    facts = {
+    rows: dict[str, str | Sequence[str]] = {
         "where": "built in" if card.folder else f"huggingface.co/{card.hub_id}",
+        "download": _download(card),
         "kind": card.product,
         "parameters": f"{millions(card.params)} (the transformer)",
         "pixels": _sizes(card),
         "defaults": f"{card.steps} steps, guidance {card.guidance:g}, sampler {card.sampler}",
         "languages": ", ".join(card.languages),
-        "licence": card.licence + (", research only" if card.research_only else ""),
+        "licence": terms(card),
+        "terms": card.terms,
+        "limits": card.limits,
+        "bias": card.bias,
+        "not for": card.not_for,
         "note": card.note,
     }
-    return "\n".join([card.name, *(f"  {name:<11} {value}" for name, value in facts.items() if value)])
+    return "\n".join([card.name, *listed(rows)])
+
+
+def _download(card: Card) -> str:
+    if card.folder is not None:
+        return ""
+    parts = {name.replace("_", " "): size for name, size in card.download_bytes.items() if name != "tokenizer"}
+    parts["autoencoder"] = parts.pop("vae")
+    sizes = ", ".join(f"{name} {cache.said(size)}" for name, size in parts.items())
+    state = cache.cached(card)
+    here = (
+        "complete on this computer" if state.complete else f"{cache.said(state.size)} of it here" if state.size else ""
+    )
+    return f"about {cache.said(cache.download_size(card))} ({sizes}){'; ' + here if here else ''}"
 
 
 def _sizes(card: Card) -> str:

@@ -1,20 +1,23 @@
-"""What `sana generate` is asked to do: the flags, read into one checked order before anything is loaded."""
+"""What `sana generate` is asked to do: the settings of all layers, read into one order, checked before loading."""
 
 import contextlib
 import dataclasses
 import importlib.util
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-from sana.apps.cli import arguments
-from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.machine import MACHINE, Machine
-from sana.apps.cli.names import plan_files
-from sana.apps.cli.values import Shape, read_seeds, read_size
+from sana.apps.cli import arguments, settings
+from sana.apps.cli.machine import Machine
+from sana.apps.cli.names import STDOUT, distinct, is_folder, plan_files, slug
+from sana.apps.cli.options import GROUPS, REFUSED, Files, Manner, keys, picture_keys
+from sana.apps.cli.prompts import Entry, read_prompts
+from sana.apps.cli.settings import FLAG, Settings
+from sana.apps.cli.sweep import Axis, points, read_axes
+from sana.apps.cli.values import MOST_SEEDS, Shape
 from sana.cards import Card
 from sana.engine.request import Request, ResolvedRequest
 from sana.errors import InvalidInput, MissingDependency
@@ -25,48 +28,42 @@ Draw pictures of a prompt and print the paths of their files, one a line.
 
   sana "a red fish above a yellow boat" --seed 1-4
   sana "a lighthouse in fog" -m sana-1.6b-1024 --size 16:9 -o pictures/
+  sana "a blue cat" --seed 7 --sweep steps=4,8,20 --sweep guidance=1,4.5
+  sana --prompt-file prompts.txt --seed 1-4 -o pictures/
 
 Picture i is drawn from seed + i, alone or among others the same: to the last bit at the same
 --batch-size, --threads and device, and but for rounding otherwise."""
 
 RANDOM_SEEDS = 1_000_000
 """Seeds that are drawn for the user lie below this: short enough to type again."""
+MOST_PICTURES = MOST_SEEDS
+MOST_CELLS = 2_000
+"""Pictures on the sheet of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
-    """A second way to say width and height."""
-
-    size: Annotated[Shape | None, Spelling(value="WxH|W:H", read=read_size)] = None
-    """Size in pixels (1024x768, or 512) or shape (16:9: the nearest that the model was trained on)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Files:
-    """What is written, and where."""
-
-    output: Annotated[str | None, Spelling(short="-o", value="PATH")] = None
-    """A .png file, or a folder; left out, PROMPT-SEED.png in this folder."""
-    metadata: Literal["full", "label", "none"] = "full"
-    """What a file says about itself: settings and AI label, the label only, or nothing."""
-    force: bool = False
-    """Overwrite files that exist."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """A parsed command line, complete but for what only the model can tell."""
+class Job:
+    """Pictures that differ in nothing but the seed."""
 
     request: Request
     """Seed and count are those of the first picture; `seeds` has them all."""
     seeds: Sequence[int]
     files: Sequence[Path]
     """Where each picture goes."""
-    shape: Shape | None
-    given: frozenset[str]
-    """Fields of the request that the user set."""
-    machine: Machine
-    writing: Files
+    settings: Settings
+    point: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What a sweep sets here, in words."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """The ratio of the sides, where only that was ordered."""
+        shape: Shape | None = self.settings.values.get("size")
+        return shape if shape is not None and shape.ratio else None
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Fields of the request that somebody set."""
+        return frozenset(f.name for f in dataclasses.fields(Request) if f.name in self.settings.values)
 
     def fitted(self, card: Card) -> Request:
         """Return the request with its size in pixels, checked against the model.
@@ -75,41 +72,79 @@ class Order:
             InvalidInput: the model cannot do it, or an option would have no effect.
         """
         request = self.request
-        if self.shape is not None:
-            width, height = self.shape.pixels(card)
-            request = request.replace(width=width, height=height)
-        check_effects(request.resolve(card), card, self.given)
+        with self.settings.told():
+            if self.shape is not None:
+                width, height = self.shape.pixels(card)
+                request = request.replace(width=width, height=height)
+            check_effects(request.resolve(card), card, self.given)
         return request
 
 
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A parsed command line, complete but for what only the model can tell."""
+
+    jobs: Sequence[Job]
+    machine: Machine
+    writing: Files
+    manner: Manner
+    settings: Settings
+    """What holds for all jobs."""
+    axes: Sequence[Axis] = ()
+    sheet: Path | None = None
+    """Where the sheet of a sweep goes."""
+
+    @property
+    def request(self) -> Request:
+        """The first request."""
+        return self.jobs[0].request
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of every picture."""
+        return [seed for job in self.jobs for seed in job.seeds]
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that will be written."""
+        return [*(file for job in self.jobs for file in job.files), *((self.sheet,) if self.sheet else ())]
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether the picture goes to the standard output."""
+        return self.writing.output == STDOUT
+
+    @property
+    def drew_seed(self) -> bool:
+        """Whether nobody said which seed to begin with."""
+        return any(job.settings.values.get("seed") is None for job in self.jobs)
+
+    def fitted(self, card: Card) -> list[Request]:
+        """Return the requests of all jobs, checked against the model."""
+        return [job.fitted(card) for job in self.jobs]
+
+
 def parse(words: Sequence[str]) -> Order:
-    """Return what the command line orders.
+    """Return what the command line orders, together with files and variables.
 
     Raises:
         InvalidInput, MissingDependency: no model could carry it out.
     """
     prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
-    prompt, shape, wished = _prompt(prompts), given.pop("size", None), given.pop("seed", None)
-    machine, writing = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
-    picture = arguments.take(Request, given)
-    if shape is not None and {"width", "height"} & set(picture):
-        raise InvalidInput("--size says the same as --width and --height. Give the one or the others.")
-    if wished is not None and len(wished) > 1 and "count" in picture:
-        raise InvalidInput("Several seeds already say how many pictures to draw. Drop --count, or give one --seed.")
-    if shape is not None and not shape.ratio:
-        picture |= {"width": shape.width, "height": shape.height}
-    request = Request(prompt=prompt, **picture)
-    _check_cleaning(request)
-    seeds = _seeds(wished, request, writing)
-    return Order(
-        request=request.replace(seed=seeds[0], count=1),
-        seeds=seeds,
-        files=plan_files(prompt, seeds, writing.output),
-        shape=shape if shape is not None and shape.ratio else None,
-        given=frozenset(picture),
-        machine=machine,
-        writing=writing,
-    )
+    manner, known = Manner(**arguments.take(Manner, given)), keys()
+    flags = {name: value for name, value in given.items() if name in known}
+    base = settings.gather({**_positional(prompts), **flags}, manner.config, known)
+    if not {"prompt", "prompt_file"} & set(base.values):
+        raise InvalidInput('What should the picture show? For example: sana "a red fish above a yellow boat"')
+    with base.told():
+        machine = Machine(**arguments.take(Machine, dict(base.values)))
+        writing = Files(**arguments.take(Files, dict(base.values)))
+        axes = read_axes(base.values.get("sweep", ()), known)
+    jobs = _named(_jobs(base, axes, base.values.get("prompt_file")), writing)
+    order = Order(jobs=jobs, machine=machine, writing=writing, manner=manner, settings=base, axes=axes)
+    if order.to_stdout and len(order.files) > 1:
+        raise InvalidInput(f"`output` - writes one picture, not {len(order.files)}. Name a folder instead.")
+    return dataclasses.replace(order, sheet=_sheet(order)) if axes else order
 
 
 def check_effects(settings: ResolvedRequest, card: Card, given: frozenset[str]) -> None:
@@ -144,18 +179,95 @@ def _as_flag(found: re.Match[str]) -> str:
     return arguments.flag_of(found[1]) if found[1] in known else found[0]
 
 
-def _prompt(prompts: Sequence[str]) -> str:
-    if not prompts:
-        raise InvalidInput('What should the picture show? For example: sana "a red fish above a yellow boat"')
+def _positional(prompts: Sequence[str]) -> dict[str, str]:
     if len(prompts) > 1:
         raise InvalidInput(f'The prompt must be one argument. Put it in quotes: sana "{" ".join(prompts)}"')
-    if not prompts[0].strip():
-        raise InvalidInput("The prompt is empty. Say what the picture should show.")
+    if list(prompts) == [STDOUT]:
+        raise InvalidInput("A lone - is no prompt. To read prompts from stdin, a line each: sana --prompt-file -")
+    return {"prompt": prompts[0]} if prompts else {}
+
+
+def _jobs(base: Settings, axes: Sequence[Axis], prompt_file: str | None) -> list[Job]:
+    """Return a job for every prompt and point of a sweep, without files; seeds that are to be drawn are missing."""
+    with base.told():
+        entries = read_prompts(prompt_file, picture_keys()) if prompt_file is not None else [Entry(place="", values={})]
+    jobs: list[Job] = []
+    pictures = 0
+    for entry in entries:
+        own = base.under(entry.values, entry.place) if entry.place else base
+        for name in (axis.field for axis in axes):
+            if name in own.values and own.origins[name] in (FLAG, entry.place):
+                place = arguments.flag_of(name) if own.origins[name] == FLAG else entry.place
+                raise InvalidInput(f"`sweep` varies {name}, which is also set by {place}. Drop one of them.")
+        for point in points(axes):
+            swept = own.under({name: value for name, (value, _) in point.items()}, "--sweep")
+            job = _job(swept, {name: label for name, (_, label) in point.items()})
+            pictures += len(job.seeds) or job.request.count
+            if pictures > MOST_PICTURES:
+                raise InvalidInput(f"These are more than {MOST_PICTURES} pictures. Order fewer at once.")
+            jobs.append(job)
+    return jobs
+
+
+def _job(own: Settings, point: Mapping[str, str]) -> Job:
+    values = dict(own.values)
+    shape, wished = values.pop("size", None), values.pop("seed", None)
+    with own.told():
+        picture = arguments.take(Request, values)
+        if shape is not None and not shape.ratio:
+            picture |= {"width": shape.width, "height": shape.height}
+        _check_prompt(picture["prompt"])
+        request = Request(**picture)
+        _check_cleaning(request)
+        many = wished is not None and len(wished) > 1
+        count = 1 if many or wished is None else request.replace(seed=wished[0]).count
+    seeds = wished if many else list(range(wished[0], wished[0] + count)) if wished else []
+    return Job(request=request, seeds=seeds, files=(), settings=own, point=point)
+
+
+def _named(jobs: Sequence[Job], writing: Files) -> list[Job]:
+    """Return the jobs with their files, and one start for all seeds to be drawn that gives names not taken yet."""
+    prompts = dict.fromkeys(job.request.prompt for job in jobs)
+    numbers = {prompt: f"{i}" for i, prompt in enumerate(prompts, start=1)} if len(prompts) > 1 else {}
+    for _ in range(100):
+        start = secrets.randbelow(RANDOM_SEEDS)
+        named = [_planned(job, start, writing.output, numbers.get(job.request.prompt, "")) for job in jobs]
+        files = [file for job in named for file in job.files]
+        free = not any(file.exists() for job in named if not job.settings.values.get("seed") for file in job.files)
+        if free or writing.force or writing.skip_existing:
+            break
+    if len(jobs) > 1:
+        rest = iter(distinct(files))
+        named = [dataclasses.replace(job, files=[next(rest) for _ in job.files]) for job in named]
+    return named
+
+
+def _planned(job: Job, start: int, output: str | None, number: str) -> Job:
+    seeds = job.seeds or list(range(start, start + job.request.count))
+    values = [word for name, label in job.point.items() if name != "seed" for word in (name, label)]
+    files = plan_files(job.request.prompt, seeds, output, values=values, number=number)
+    return dataclasses.replace(job, request=job.request.replace(seed=seeds[0], count=1), seeds=seeds, files=files)
+
+
+def _sheet(order: Order) -> Path:
+    if len(order.seeds) > MOST_CELLS:
+        raise InvalidInput(f"`sweep` makes at most {MOST_CELLS} pictures, not {len(order.seeds)}. Take fewer values.")
+    first = order.jobs[0]
+    output = order.writing.output
+    if output is not None and not is_folder(output):
+        return first.files[0].with_name(f"{Path(output).stem}-sweep.png")
+    source = order.settings.values.get("prompt_file")
+    name = slug(Path(source).stem) if source else slug(first.request.prompt)
+    return first.files[0].with_name(f"{name}-sweep-{first.seeds[0]}.png")
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not prompt.strip():
+        raise InvalidInput("`prompt` is empty. Say what the picture should show.")
     try:
-        prompts[0].encode()
+        prompt.encode()
     except UnicodeEncodeError:
-        raise InvalidInput("The prompt is not valid UTF-8. Check the encoding of the terminal.") from None
-    return prompts[0]
+        raise InvalidInput("`prompt` is not valid UTF-8. Check the encoding of the terminal.") from None
 
 
 def _check_cleaning(request: Request) -> None:
@@ -164,50 +276,3 @@ def _check_cleaning(request: Request) -> None:
         raise MissingDependency(
             "--clean-caption needs the packages beautifulsoup4 and ftfy. Install `sanakit[clean]`, or drop it."
         )
-
-
-def _seeds(wished: list[int] | None, request: Request, writing: Files) -> list[int]:
-    """Return the seed of every picture; drawn ones give names that are not taken yet."""
-    if wished is not None and len(wished) > 1:
-        return wished
-    if wished is not None:
-        return list(range(wished[0], wished[0] + request.replace(seed=wished[0]).count))
-    for _ in range(100):
-        start = secrets.randbelow(RANDOM_SEEDS)
-        seeds = list(range(start, start + request.count))
-        if writing.force or not any(file.exists() for file in plan_files(request.prompt, seeds, writing.output)):
-            break
-    return seeds
-
-
-REQUEST = Group(
-    title="the picture",
-    options=Request,
-    leave_out=frozenset({"prompt"}),
-    spellings={
-        "negative_prompt": Spelling(short="-n"),
-        "width": Spelling(short="-W", value="PIXELS"),
-        "height": Spelling(short="-H", value="PIXELS"),
-        "steps": Spelling(also=("--num-inference-steps",)),
-        "guidance": Spelling(also=("--cfg", "--cfg-scale", "--guidance-scale")),
-        "sampler": Spelling(also=("--scheduler",)),
-        "seed": Spelling(
-            short="-s",
-            value="N|N-M|N,M",
-            read=read_seeds,
-            hint="Start of the random numbers: one seed, a range or a list, a picture each. Left out, one is drawn.",
-        ),
-        "count": Spelling(short="-b", also=("--n",)),
-    },
-)
-GROUPS = (
-    Group(title="the picture", options=Extent),
-    REQUEST,
-    MACHINE,
-    Group(title="the files", options=Files),
-)
-REFUSED = {
-    "--eta": "There is no --eta: none of SANA's samplers uses it. Drop it.",
-    "--lora": "There is no --lora in this version.",
-    "--image": "There is no --image in this version: pictures are drawn from words only.",
-}

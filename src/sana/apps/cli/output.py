@@ -4,14 +4,22 @@ import contextlib
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import time
+import traceback
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
-_PLAIN = str.maketrans({"·": "-", "×": "x", "…": "..."})
+if TYPE_CHECKING:
+    from PIL import Image
+
+_PLAIN = str.maketrans({"·": "-", "×": "x", "…": "...", "✓": "+", "✗": "x"})
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that turn the direction of text round, and make it read as something else."""
 LONGEST_SILENCE = 60.0
 """Seconds after which a slow run says something."""
 _LOG = logging.getLogger("sana")
@@ -20,25 +28,66 @@ _LOG = logging.getLogger("sana")
 class Terminal:
     """The two streams of the command, and what the flags make of them."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-        self.json, self.quiet, self.verbose = json, quiet, verbose
+    def __init__(
+        self,
+        *,
+        json: bool = False,
+        events: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        thumbnail: bool | None = None,
+    ) -> None:
+        self.json, self.events, self.quiet, self.verbose = json, events, quiet, verbose
+        self.thumbnail = thumbnail
+        """Whether pictures are shown; None: where the terminal can."""
         self.draft: dict[str, Any] = {}
         """The JSON document so far; printed with the error if the command fails."""
         self.warnings: list[str] = []
+        self.introduced: set[str] = set()
+        """Models whose terms were told."""
         self.progress: Progress | None = None
+        self._is_done = False
 
-    def result(self, line: str) -> None:
-        """Print a line of the result, unless the JSON document will hold it."""
+    def result(self, line: str, *, colour: str = "") -> None:
+        """Print a line of the result, unless the JSON document or an event will hold it.
+
+        On a terminal that shows colours, the first character has the `colour`.
+        """
         if self.progress is not None:
             self.progress.clear()
-        if not self.json:
-            _write(sys.stdout, line)
+        if self.json or self.events:
+            return
+        if is_terminal(sys.stdout):
+            line = printable(line)
+            if colour and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+                line = f"\x1b[{_COLOURS[colour]}m{line[:1]}\x1b[0m{line[1:]}"
+        _write(sys.stdout, line)
 
     def document(self, content: Mapping[str, Any]) -> None:
-        """Print the JSON document if it was asked for."""
+        """Print the JSON document if it was asked for; among events it is the last one, `done`."""
         if self.json:
-            unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            _write(sys.stdout, json.dumps(content, indent=2, ensure_ascii=not unicode, allow_nan=False))
+            _write(sys.stdout, _json(content, indent=2))
+        self.event("done", **content)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Print one line of JSON about what happens, if events were asked for; nothing follows `done` or `error`."""
+        if self.events and not self._is_done:
+            self._is_done = name in ("done", "error")
+            _write(sys.stdout, _json({"event": name, **facts}))
+
+    def show(self, image: "Image.Image") -> None:
+        """Show a picture small, where the terminal can and the user did not ask for silence."""
+        silent = self.quiet or self.json or self.events or bool(os.environ.get("NO_COLOR"))
+        if self.thumbnail is False or silent or not is_terminal(sys.stderr):
+            return
+        from sana.apps.cli.thumbnail import protocol, thumbnail
+
+        way = protocol(os.environ, sys.stderr.encoding or "")
+        if way is None and self.thumbnail and _knows_unicode(sys.stderr):
+            way = "truecolor"
+        if way is not None:
+            size = shutil.get_terminal_size()
+            self._tell(thumbnail(image, way, size.columns, size.lines), raw=True)
 
     def say(self, line: str) -> None:
         """Tell the user something that is not the result."""
@@ -49,16 +98,28 @@ class Terminal:
         """Tell the user what may be wrong; the JSON document lists it."""
         if text not in self.warnings:
             self.warnings.append(text)
+            self.event("warning", message=text)
             self.say(f"warning: {text}")
 
-    def error(self, text: str) -> None:
-        """Tell why it did not work."""
+    def error(self, text: str, code: int = 1) -> None:
+        """Tell why it did not work; the JSON document, or the last event, says it too."""
         self._tell(f"sana: {text}")
+        failure = {"message": text, "exit_code": code}
+        if self.json:
+            self.document({**self.draft, "error": failure})
+        self.event("error", **failure, **self.draft)
 
-    def _tell(self, line: str) -> None:
-        if self.progress is not None:
-            self.progress.clear()
-        _write(sys.stderr, line)
+    def explain(self, error: BaseException) -> None:
+        """Show the traceback of an error if more was asked for."""
+        if self.verbose:
+            self._tell("".join(traceback.format_exception(error)).rstrip())
+
+    def _tell(self, line: str, *, raw: bool = False) -> None:
+        """Write to stderr; that nobody hears it is no reason to stop."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.progress is not None:
+                self.progress.clear()
+            _write(sys.stderr, line if raw else printable(line))
 
     def count(self, total: int, done: int = 0, text: str = "") -> "Progress":
         """Return the progress of a run of `total` steps, for a `with` block; `text` is what a bar says at first."""
@@ -88,12 +149,13 @@ class Progress:
         self.bar: Any = None
         self._first = done
         self._began = self._spoken = time.perf_counter()
-        if not terminal.quiet and sys.stderr.isatty():
+        if not terminal.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
 
             form = "{percentage:3.0f} % |{bar:24}| {desc}"
-            self.bar = tqdm(total=total, initial=done, file=sys.stderr, leave=False, bar_format=form)
-            self.bar.set_description_str(text)
+            with self._unheard():
+                self.bar = tqdm(total=total, initial=done, file=sys.stderr, leave=False, bar_format=form, **_width())
+                self.bar.set_description_str(_shown(text))
 
     def __enter__(self) -> Self:
         self.terminal.progress = self
@@ -102,7 +164,8 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.terminal.progress = None
         if self.bar is not None:
-            self.bar.close()
+            with self._unheard():
+                self.bar.close()
 
     def advance(self, text: str) -> None:
         """Count one step; `text` says which, and how it went."""
@@ -112,9 +175,10 @@ class Progress:
         """Say how far it is."""
         before, self.done, self.total = self.done, done, total
         if self.bar is not None:
-            self.bar.total = total
-            self.bar.set_description_str(f"{text}{self._left()}", refresh=False)
-            self.bar.update(done - before)
+            with self._unheard():
+                self.bar.total = total
+                self.bar.set_description_str(_shown(f"{text}{self._left()}"), refresh=False)
+                self.bar.update(done - before)
             return
         now = time.perf_counter()
         if done * 10 // total > before * 10 // total or now - self._spoken > LONGEST_SILENCE:
@@ -124,17 +188,36 @@ class Progress:
     def _left(self) -> str:
         elapsed = time.perf_counter() - self._began
         to_do = self.total - self.done
-        return f" · {duration(elapsed / (self.done - self._first) * to_do)} left" if to_do else ""
+        return f" · {duration(elapsed / max(1, self.done - self._first) * to_do)} left" if to_do > 0 else ""
 
     def clear(self) -> None:
         """Take the bar off the screen; the next step draws it again."""
         if self.bar is not None:
-            self.bar.clear()
+            with self._unheard():
+                self.bar.clear()
+
+    @contextlib.contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """Do without the bar when the terminal has gone: the work goes on."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self.bar = None
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Tell whether a person may read a stream; a closed one is None, or says that it is closed."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
 
 
 def printable(text: str) -> str:
-    """Return text from elsewhere without the control characters that a terminal would obey."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+    """Return text from elsewhere without the characters that a terminal would obey."""
+    return "".join(
+        "\ufffd" if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in _BIDI else c for c in text
+    )
 
 
 def duration(seconds: float) -> str:
@@ -145,19 +228,58 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def _write(stream: TextIO, line: str) -> None:
+def silence_stdout() -> None:
+    """Let what is still to be written to a stdout that is closed, or full, go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be no real file, or none at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _json(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return JSON that every stream and terminal takes: no lone surrogates, no control characters."""
+    text = json.dumps(content, indent=indent, ensure_ascii=not _knows_unicode(sys.stdout), allow_nan=False)
+    return re.sub("[\x7f-\x9f\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _knows_unicode(stream: TextIO | None) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().startswith("utf")
+
+
+def _width() -> dict[str, Any]:
+    """Return what tells a bar its width: the terminal, at every step, or once the environment if it does not know."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        known = 0
+    return {"dynamic_ncols": True} if known else {"ncols": shutil.get_terminal_size().columns}
+
+
+def _shown(text: str) -> str:
+    """Return the text of a bar as the terminal can show it."""
+    return printable(text if _knows_unicode(sys.stderr) else text.translate(_PLAIN))
+
+
+def _write(stream: TextIO | None, line: str) -> None:
     """Write a line whatever the stream's encoding is; file names keep their very bytes."""
+    if stream is None:  # it was closed before the program began
+        return
     try:
         stream.write(f"{line}\n")
     except UnicodeEncodeError:
         plain = line.translate(_PLAIN)
         if stream is sys.stdout and hasattr(stream, "buffer"):
             stream.flush()
-            stream.buffer.write(os.fsencode(plain) + b"\n")
+            stream.buffer.write(_path_bytes(plain) + b"\n")
         else:
             encoding = stream.encoding or "ascii"
             stream.write(plain.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()
+
+
+def _path_bytes(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:  # no file can have this name here
+        return text.encode("ascii", "backslashreplace")
 
 
 class _Relay(logging.Handler):
@@ -174,4 +296,5 @@ class _Relay(logging.Handler):
             self.terminal.say(record.getMessage())
 
 
+_COLOURS = {"green": 32, "yellow": 33, "red": 31}
 _UNITS = ((60.0, "s", 1), (3600.0, "min", 60), (86400.0, "h", 3600))

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from sana.training.config import Recipe
     from sana.training.loop import Trainer, TrainStep
 
-USAGE = "sana train RECIPE.toml [RECIPE.toml ...] [--TABLE.KEY VALUE ...] [options]"
+USAGE = "sana train RECIPE.toml [RECIPE.toml ...] [--TABLE.KEY VALUE] [options]"
 DESCRIPTION = """\
-Train from recipes, one after the other. Each is trained in runs/FOLDER/NAME, after the recipe's folder
-and name, and exported to runs/FOLDER/NAME/export, whose path is printed.
+Train from recipes, one after the other. Each is trained in runs/FOLDER/NAME,
+after the recipe's folder and name, and exported to runs/FOLDER/NAME/export,
+whose path is printed.
 
   sana train recipes/nano/*.toml             train the built-in model
   sana train my.toml --run.steps 100         change a setting of the recipe

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sana.cards import Card
 from sana.engine.request import MAX_SEED
 from sana.engine.resolution import BINS, nearest_bin
-from sana.errors import InvalidInput
+from sana.errors import InvalidInput, did_you_mean
 
 MOST_SEEDS = 10_000
 SHAPE_TOLERANCE = 0.1
@@ -21,6 +21,9 @@ class Shape:
     width: int
     height: int
     ratio: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.width}{':' if self.ratio else 'x'}{self.height}"
 
     def pixels(self, card: Card) -> tuple[int, int]:
         """Return (width, height) in pixels: of a ratio, the nearest size that the model was trained on.
@@ -75,14 +78,20 @@ def read_seeds(text: str) -> list[int] | None:
 def read_device(text: str) -> str:
     """Read `auto` or the name of a device, which need not be there."""
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", text):
-        raise InvalidInput(f"must be auto, cpu, cuda, cuda:N, xpu or mps, not '{text[:40]}'.")
+        hint = did_you_mean(text[:40], ("auto", "cpu", "cuda", "xpu", "mps"))
+        raise InvalidInput(f"must be auto, cpu, cuda, cuda:N, xpu or mps, not '{text[:40]}'.{hint}")
     return text
 
 
-def runs_of(seeds: Sequence[int], longest: int) -> Iterator[range]:
-    """Cut seeds into runs of consecutive ones, each no longer than a batch."""
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Return seeds as `read_seeds` reads them, consecutive ones as ranges."""
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs_of(seeds))
+
+
+def runs_of(seeds: Sequence[int]) -> Iterator[range]:
+    """Cut seeds into runs of consecutive ones."""
     start = 0
     for end in range(1, len(seeds) + 1):
-        if end == len(seeds) or end - start == longest or seeds[end] != seeds[end - 1] + 1:
+        if end == len(seeds) or seeds[end] != seeds[end - 1] + 1:
             yield range(seeds[start], seeds[start] + end - start)
             start = end

@@ -1,0 +1,269 @@
+"""Carries out an order: draws run by run, and saves each batch while the next is drawn."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana.apps.cli.machine import out_of_memory_told
+from sana.apps.cli.models import DEFAULT_MODEL
+from sana.apps.cli.order import Job, Order
+from sana.apps.cli.output import Progress, Terminal, duration
+from sana.apps.cli.sheet import Sheet
+from sana.apps.cli.values import runs_of
+from sana.apps.cli.writer import Task, Writer
+from sana.engine.request import Request, Result
+from sana.errors import OutOfMemory, SanaError
+
+if TYPE_CHECKING:
+    from sana.engine.latents import Finished
+    from sana.engine.parts import Parts
+    from sana.flow.samplers import Step
+
+MOST_SHOWN = 4
+"""Pictures of an order that are shown in the terminal without being asked for."""
+
+
+class PartialBatch(SanaError):
+    """Some of the pictures were written before the error."""
+
+    exit_code = 6
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What was done so far; becomes the JSON document."""
+
+    files: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Files that were there already."""
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    """Settings, files and seeds of each of several prompts or points of a sweep."""
+    sheet: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document."""
+        timings = {stage: round(seconds, 4) for stage, seconds in self.timings.items()}
+        document = {**dataclasses.asdict(self), "timings": timings}
+        return {name: value for name, value in document.items() if value or name not in ("skipped", "jobs", "sheet")}
+
+    def add(self, result: Result) -> None:
+        """Take in what a finished call of the engine took."""
+        for stage, seconds in result.timings.items():
+            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+
+
+class Drawing:
+    """An order in work."""
+
+    def __init__(self, parts: "Parts", order: Order, report: Report, terminal: Terminal) -> None:
+        self.parts, self.order, self.report, self.terminal = parts, order, report, terminal
+        self.writer = Writer()
+        self.sheet = Sheet(order) if order.sheet is not None else None
+        self.latents: list[Path] = []
+        """Files of finished latents whose pictures are not written yet."""
+        self.count = len(order.seeds)
+        self._entries: dict[int, dict[str, Any]] = {}
+        self._progress: Progress
+        self._drawn = self._steps_done = self._steps = 0
+
+    def run(self) -> None:
+        """Draw and save everything; what is finished stays whatever happens to the rest.
+
+        Raises:
+            PartialBatch: some pictures were written before an error.
+        """
+        requests = self.order.fitted(self.parts.effective_card)
+        steps = [request.resolve(self.parts.effective_card).steps for request in requests]
+        todo = [self._todo(job) for job in self.order.jobs]
+        self._steps = sum(len(seeds) * n for seeds, n in zip(todo, steps, strict=True))
+        try:
+            with self.terminal.count(max(self._steps, 1)) as self._progress, self.writer, out_of_memory_told():
+                for job, request, seeds in zip(self.order.jobs, requests, todo, strict=True):
+                    for run in runs_of(seeds):
+                        self._draw(job, request.replace(seed=run.start, count=len(run)))
+            self._save_sheet()
+        except (SanaError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            self._explain(error)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self._written()}{self._rescued()}") from None
+        finally:  # what is told of an error has what was done before it
+            self.terminal.draft = self.report.to_dict()
+
+    def _explain(self, error: SanaError | OSError) -> None:
+        """Raise the error again, with what was written in spite of it."""
+        reason = str(error) if isinstance(error, SanaError) else f"{error.strerror or error}."
+        if hasattr(error, "latents"):  # its own text speaks to callers in Python
+            reason = "The memory is full: the picture cannot be decoded, not even in pieces. Lower --size."
+        elif not self.report.files and not self.latents:
+            raise error
+        text = f"{reason} {self._written()}{self._rescued()}"
+        if self.report.files:
+            raise PartialBatch(text) from error
+        raise (OutOfMemory if isinstance(error, OutOfMemory) else SanaError)(text) from error
+
+    def _written(self) -> str:
+        done = f"{len(self.report.files)} of {self.count} pictures were written."
+        if self.count == 1 or self.order.to_stdout or len(self.report.files) == self.count:
+            return done
+        seed = f"--seed {self.order.seeds[0]} " if self.order.drew_seed else ""
+        return f"{done} For the rest, repeat the command with {seed}--skip-existing."
+
+    def _rescued(self) -> str:
+        names = [str(path) for path in self.latents if path.exists()]
+        return "".join(f" Finished latents are in {name}; for their pictures: sana decode {name}" for name in names)
+
+    def _todo(self, job: Job) -> list[int]:
+        """Return the seeds of a job whose pictures are to be drawn."""
+        if not self.order.writing.skip_existing:
+            return list(job.seeds)
+        here = {seed: file for seed, file in zip(job.seeds, job.files, strict=True) if file.exists()}
+        self.report.skipped += map(str, here.values())
+        if self.sheet is not None:
+            for seed, file in here.items():
+                self.sheet.add_file(job, seed, file)
+        self.count -= len(here)
+        return [seed for seed in job.seeds if seed not in here]
+
+    def _draw(self, job: Job, request: Request) -> None:
+        """Draw a run of consecutive seeds."""
+        from sana.engine.generate import generate
+
+        before, began = self._steps_done, time.perf_counter()
+        loop = generate(self.parts, request, rescue=lambda finished: self._rescue(job, finished), keep=False)
+        done = 0
+        with contextlib.closing(loop):
+            while True:
+                try:
+                    event = next(loop)
+                except StopIteration as end:
+                    self.report.add(end.value)
+                    return
+                self.writer.poll()
+                if isinstance(event, Result):
+                    now = time.perf_counter()
+                    self._save(job, event, (now - began) / len(event.images))
+                    began, done = now, done + len(event.images)
+                    self._steps_done = before + done * event.settings.steps
+                else:
+                    rows = min(request.batch_size, request.count - done)
+                    self._advance(event, before + done * event.num_steps + (event.index + 1) * rows)
+
+    def _advance(self, step: "Step", steps_done: int) -> None:
+        number = self._drawn + 1
+        title = f"picture {min(number, self.count)}/{self.count} · " if self.count > 1 else ""
+        text = f"step {step.index + 1}/{step.num_steps}"
+        self._progress.move(min(steps_done, self._steps), self._steps, title + text)
+        self.terminal.event("step", step=step.index + 1, of=step.num_steps, picture=number, pictures=self.count)
+
+    def _save(self, job: Job, result: Result, seconds: float) -> None:
+        """Hand the pictures of a finished batch to the writer."""
+        self._drawn += len(result.images)
+        for text in result.warnings:
+            self.terminal.warn(text)
+        result = dataclasses.replace(result, model=self._named(result.model))
+        settings = {**result.settings.to_dict(), "seed": job.seeds[0], "count": len(job.seeds)}
+        self.report.settings = self.report.settings or settings
+        self.report.model = dict(result.model)
+        if len(self.order.jobs) > 1 and id(job) not in self._entries:
+            entry = self._entries[id(job)] = {"settings": settings, "files": [], "seeds": []}
+            self.report.jobs.append(entry)
+        rescued = [path for path in self.latents if path.exists()]
+        for i in range(len(result.images)):
+            last = i == len(result.images) - 1
+            self.writer.put(self._task(job, result, i, seconds, rescued if last else ()))
+
+    def _task(self, job: Job, result: Result, i: int, seconds: float, rescued: Sequence[Path]) -> Task:
+        from sana.engine.images import save_png
+
+        seed, writing = result.seeds[i], self.order.writing
+        target = job.files[job.seeds.index(seed)]
+
+        def write() -> None:
+            if self.order.to_stdout:
+                _print_png(result, i, writing.metadata)
+            else:
+                save_png(result, i, target, metadata=writing.metadata, force=writing.force)
+
+        def told() -> None:
+            self._tell(job, result, i, target, seconds)
+            for path in rescued:
+                path.unlink(missing_ok=True)
+
+        return Task(target, write, told)
+
+    def _tell(self, job: Job, result: Result, i: int, target: Path, seconds: float) -> None:
+        """Say that a picture was written, and note it."""
+        seed, image, settings = result.seeds[i], result.images[i], result.settings
+        self.report.files.append(str(target))
+        self.report.seeds.append(seed)
+        if id(job) in self._entries:
+            self._entries[id(job)]["files"].append(str(target))
+            self._entries[id(job)]["seeds"].append(seed)
+        if not self.order.to_stdout:
+            self.terminal.result(str(target))
+        self.terminal.event("image", file=str(target), seed=seed, seconds=round(seconds, 4))
+        steps = f"{settings.steps} step{'s' if settings.steps != 1 else ''}"
+        device = result.model.get("device", "")
+        self.terminal.say(f"seed {seed} · {image.width}x{image.height} · {steps} · {device} · {duration(seconds)}")
+        if self.sheet is not None:
+            self.sheet.add(job, seed, image)
+        elif len(self.report.files) <= MOST_SHOWN or self.terminal.thumbnail:
+            self.terminal.show(image)
+
+    def _named(self, model: Any) -> dict[str, Any]:
+        """Return the facts about the model, with the place where a later command finds it if its name is no such."""
+        source = self.order.machine.source
+        return dict(model) if model.get("name") in (source, DEFAULT_MODEL) else {**model, "source": source}
+
+    def _rescue(self, job: Job, finished: "Finished") -> None:
+        """Save finished latents that could not be decoded at once; what then happens may end the command."""
+        from sana.engine.latents import SUFFIX, save_latents
+
+        target = job.files[job.seeds.index(finished.seeds[0])]
+        stem = target.stem if not self.order.to_stdout else f"latents-{finished.seeds[0]}"
+        places = (target.with_name(f"{stem}{number}{SUFFIX}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
+        place = next(path for path in places if not path.exists())
+        finished = dataclasses.replace(finished, model=self._named(finished.model))
+        try:
+            save_latents(place, finished)
+        except (OSError, SanaError) as error:
+            self.terminal.warn(f"The finished latents could not be saved ({str(error).rstrip('.')}).")
+            return
+        self.latents.append(place)
+        self.terminal.say(f"Memory ran out while decoding; the finished latents are in {place} until it worked.")
+
+    def _save_sheet(self) -> None:
+        if self.sheet is None or self.order.sheet is None:
+            return
+        writing = self.order.writing
+        target = self.order.sheet
+        force = writing.force or writing.skip_existing
+        self.sheet.save(target, self.report.model, metadata=writing.metadata, force=force)
+        self.report.sheet = str(target)
+        self.terminal.result(str(target))
+        self.terminal.event("sheet", file=str(target))
+        self.terminal.show(self.sheet.image(str(self.report.model.get("name", ""))))
+
+
+def _print_png(result: Result, i: int, metadata: Any) -> None:
+    """Write the bytes of a picture to the standard output."""
+    from sana.engine.metadata import png_info
+    from sana.engine.png import write_png
+
+    data = io.BytesIO()
+    write_png(data, result.images[i], png_info(result, i, metadata))
+    sys.stdout.buffer.write(data.getvalue())
+    sys.stdout.buffer.flush()

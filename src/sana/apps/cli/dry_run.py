@@ -1,0 +1,218 @@
+"""`--dry-run`: what an order will draw and about what it costs, without drawing, downloading or writing anything."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sana.apps.cli import cache
+from sana.apps.cli.machine import SMALL_MODEL
+from sana.apps.cli.order import Order
+from sana.apps.cli.output import Terminal, duration, printable
+from sana.apps.cli.values import runs_of, seeds_text
+from sana.cards import CARDS, Card
+from sana.config import AutoencoderConfig, TransformerConfig
+from sana.engine import estimate
+from sana.engine.estimate import Stage, TextShape
+from sana.engine.request import ResolvedRequest
+from sana.errors import CheckpointError, InvalidInput
+
+MOST_SHOWN = 5
+"""Files and jobs that are listed one by one."""
+LOAD_SECONDS, LOAD_RATE = 2.0, 1e9
+"""Of loading: for the libraries, and bytes a second from a disk that has been read before."""
+PARTS = ("text_encoder", "transformer", "vae")
+
+
+def tell(order: Order, terminal: Terminal) -> int:
+    """Print settings, files and the estimate."""
+    card = _card(order)
+    requests = [request.resolve(card) for request in order.fitted(card)]
+    dtypes, device = _machine(order, card)
+    jobs = [estimate.stages(card, request, dtypes, text=_text_shape(order)) for request in requests]
+    times = _times(order, card, requests, jobs, device)
+    facts = {
+        "memory_bytes": round(max(map(estimate.memory, jobs))),
+        "free_memory_bytes": _free_memory(),
+        "download_bytes": _to_download(card),
+        "free_disk_bytes": cache.free_bytes(order.files[0].parent),
+        "free_cache_bytes": cache.free_bytes(cache.folder()),
+    }
+    drawn = estimate.drawn(card, requests[0])
+    document = {
+        "dry_run": True,
+        "model": card.name,
+        "dtypes": dtypes,
+        "device": device,
+        "settings": requests[0].to_dict(),
+        "drawn": {"width": drawn[1], "height": drawn[0]},
+        "jobs": [{"settings": r.to_dict(), "seeds": list(j.seeds)} for j, r in zip(order.jobs, requests, strict=True)],
+        "seeds": order.seeds,
+        "files": [str(file) for file in order.files],
+        "estimate": {"seconds": {name: round(value, 3) for name, value in times.items()}, **facts},
+        "warnings": terminal.warnings,
+    }
+    terminal.document(document)
+    terminal.result(printable(_page(order, card, requests, document, times)))
+    return 0
+
+
+def _page(order: Order, card: Card, requests: list[ResolvedRequest], facts: Mapping[str, Any], times: Any) -> str:
+    first, cost, drawn = requests[0], facts["estimate"], facts["drawn"]
+    asked, made = f"{first.width}x{first.height}", f"{drawn['width']}x{drawn['height']}"
+    count, prompts = len(order.seeds), len({r.prompt for r in requests})
+    kinds = dict.fromkeys(facts["dtypes"].values())
+    precision = ", ".join(f"{part.replace('_', ' ')} {name}" for part, name in facts["dtypes"].items())
+    download, free = cost["download_bytes"], cost["free_cache_bytes"]
+    rows = {
+        "model": f"{card.name}, {next(iter(kinds)) if len(kinds) == 1 else precision}, on {facts['device']}",
+        "prompt": first.prompt if prompts == 1 else f"{prompts} prompts, the first: {first.prompt}",
+        "negative": first.negative_prompt,
+        "size": asked if asked == made else f"{asked}, drawn at {made} and resized",
+        "steps": f"{first.steps}",
+        "guidance": f"{first.guidance:g}",
+        "sampler": first.sampler,
+        **{axis.field.replace("_", " "): ", ".join(axis.labels) for axis in order.axes},
+        "seeds": seeds_text(list(dict.fromkeys(order.seeds))) + (" (drawn for this run)" if order.drew_seed else ""),
+        "files": _files(order),
+        "time": f"about {duration(times['all'])}"
+        + (f", {duration(times['all'] / count)} a picture" if count > 1 else "")
+        + f"; and {duration(times['load'])} to load",
+        "memory": f"about {cache.said(cost['memory_bytes'])}" + _of(cost["free_memory_bytes"]),
+        "download": f"about {cache.said(download)}{_of(free)}" if download else "nothing",
+        "disk": f"{cache.said(cost['free_disk_bytes'])} free for the pictures",
+    }
+    width = max(map(len, rows))
+    lines = [f"{name:<{width}}  {value}" for name, value in rows.items() if value]
+    return "\n".join([*lines, "Nothing was drawn, downloaded or written."])
+
+
+def _of(free: int | None) -> str:
+    return "" if free is None else f"; {cache.said(free)} are free"
+
+
+def _files(order: Order) -> str:
+    names = [str(file) for file in order.files]
+    if len(names) <= MOST_SHOWN:
+        return ", ".join(names)
+    return f"{len(names)}: {', '.join(names[: MOST_SHOWN - 2])}, … {names[-1]}"
+
+
+def _times(
+    order: Order, card: Card, requests: list[ResolvedRequest], jobs: list[tuple[Stage, ...]], device: str
+) -> dict[str, float]:
+    """Return seconds by stage and in all: text once for each prompt, the rest for each batch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(order.machine.threads or (1 if card.params < SMALL_MODEL else before))
+    try:
+        rates = estimate.measure(device, [stage.dtype for stage in jobs[0]])
+    finally:
+        torch.set_num_threads(before)
+    times = {stage.name: 0.0 for stage in jobs[0]}
+    prompts: set[str] = set()
+    for job, request, parts in zip(order.jobs, requests, jobs, strict=True):
+        batches = sum(-(-len(run) // request.batch_size) for run in runs_of(job.seeds))
+        for stage in parts:
+            often = batches if stage.name != "text" else int(request.prompt not in prompts)
+            times[stage.name] += often * estimate.seconds(stage, rates)
+        prompts.add(request.prompt)
+    weights = sum(stage.weights for stage in jobs[0])
+    return {**times, "all": sum(times.values()), "load": LOAD_SECONDS + weights / LOAD_RATE}
+
+
+def _machine(order: Order, card: Card) -> tuple[dict[str, str], str]:
+    """Return the dtype of each part, and the device."""
+    from sana.engine.parts import pick_device, recommended_dtypes
+
+    device = pick_device(order.machine.device)
+    chosen = order.machine.dtype
+    if chosen == "auto":
+        recommended = recommended_dtypes(card, device)
+        table = recommended if isinstance(recommended, Mapping) else {}
+        names = {part: str(table.get(part, "float32")).removeprefix("torch.") for part in PARTS}
+        return {part: name if name in estimate.BYTES else "float32" for part, name in names.items()}, str(device)
+    half = {"text_encoder": "bfloat16", "vae": "bfloat16"} if chosen == "float16" else {}
+    return {**dict.fromkeys(PARTS, chosen), **half}, str(device)
+
+
+def _card(order: Order) -> Card:
+    """Return the card of the model, or for a folder one with what its configuration files say.
+
+    Raises:
+        InvalidInput: the model is known by its hub id only, so that nothing is known of it before it is downloaded.
+        CheckpointError: the folder holds no model.
+    """
+    machine = order.machine
+    known = machine.card or next((card for card in CARDS.values() if card.hub_id == machine.model), None)
+    if known is not None:
+        return known
+    if machine.folder is None:
+        raise InvalidInput(f"Nothing is known of {machine.model} before it is downloaded. Drop `dry_run`.")
+    transformer = TransformerConfig.from_dict(_config(machine.folder, "transformer"))
+    vae = AutoencoderConfig.from_dict(_config(machine.folder, "vae"))
+    base = CARDS["sana-sprint-1.6b-1024" if transformer.guidance_embeds else "sana-1.6b-1024"]
+    named = CARDS.get(str(_json(machine.folder / "model_index.json").get("_sanakit_card")))
+    if named is not None and named.transformer == transformer:
+        base = named
+    size = transformer.sample_size * vae.spatial_compression_ratio
+    params = _params(transformer)
+    return dataclasses.replace(
+        base,
+        name=machine.folder.name,
+        transformer=transformer,
+        autoencoder=vae,
+        params=params,
+        base_size=size,
+        hub_id=None,
+        sizes=base.sizes if base is named else None,
+    )
+
+
+def _params(c: TransformerConfig) -> int:
+    """Return about how many weights a transformer has."""
+    d, hidden = c.inner_dim, int(c.mlp_ratio * c.inner_dim)
+    layer = 8 * d * d + 3 * d * hidden + 18 * hidden
+    return c.num_layers * layer + d * (c.caption_channels + 9 * d + 2 * c.in_channels * c.patch_size**2)
+
+
+def _text_shape(order: Order) -> TextShape | None:
+    folder = order.machine.built_in or order.machine.folder
+    if folder is None:
+        return None
+    config = _config(folder, "text_encoder")
+    names = {f.name for f in dataclasses.fields(TextShape)} & set(config)
+    return TextShape(**{name: config[name] for name in names if type(config[name]) is int})
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    return _json(folder / part / "config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is missing or no JSON, so nothing can be said about this model. Restore it.")
+    return content
+
+
+def _to_download(card: Card) -> int:
+    state = cache.cached(card)
+    return 0 if state.complete else max(cache.download_size(card) - state.size, 0)
+
+
+def _free_memory() -> int | None:
+    """Return the memory that programs may still take, where the system says so."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
