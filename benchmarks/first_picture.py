@@ -1,124 +1,107 @@
-"""The built-in model beside the reference implementation, and what starting the command costs.
+"""The built-in model beside the reference implementation, and what starting costs.
 
-    python benchmarks/first_picture.py [--rounds 5] [--steps 20]
+    python benchmarks/first_picture.py [--quick] [--rounds 5] [--steps 20]
 
-Both pipelines load the same folder and draw the same prompt from the same seed in float32 on one thread, in turn
-(A B A B ...). CPU seconds of this process; medians and the ratio pair by pair. Needs diffusers (the `test` extra).
+Both pipelines load the same folder and draw the same prompt from the same seed in float32 on one thread, in turn. The
+second table is of whole processes, from a cold start to their end; drawing is compared with the import it cannot do
+without. Needs diffusers (the `test` extra).
 """
 
 import argparse
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+import transformers
+from harness import Timing, child, heading, measure
+
+import sana
 
 PROMPT = "a red fish above a yellow boat"
-
-
-def cpu_of(command: list[str]) -> float:
-    """CPU seconds, user and system, of a finished child process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def timed(work: Callable[[], object]) -> float:
-    """CPU seconds of a call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def paired(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, float]:
-    """Medians of both and the median ratio theirs / ours, after one uncounted round."""
-    ours(), theirs()
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(b / a for a, b in pairs),
-    )
+LIBRARY = "import torch; from transformers import Gemma2Model"
+PEER = "diffusers"
 
 
 def main() -> None:
-    """Print one markdown table."""
+    """Print two Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="two steps, two rounds")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.steps = 2, 2
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import diffusers
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    print(heading("The built-in model, 256 px", "float32, 1 thread", f"{options.rounds} rounds"))
+    print(drawing(options.steps, options.rounds))
+    print(f"\n{starting(options.rounds)}")
 
-    import sana
 
+def drawing(steps: int, rounds: int) -> str:
+    """Return a table of the stages, both sides in one process."""
     folder = str(files("sana") / "assets" / "nano")
-    pipes = [
-        kind.from_pretrained(folder, torch_dtype=torch.float32) for kind in (sana.SanaPipeline, diffusers.SanaPipeline)
-    ]
-    for pipe in pipes:
+    kinds: dict[str, Any] = {"sanakit": sana.SanaPipeline, PEER: diffusers.SanaPipeline}
+    pipes = {name: kind.from_pretrained(folder, torch_dtype=torch.float32) for name, kind in kinds.items()}
+    for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-
-    def draw(pipe: object, output: str) -> Callable[[], float]:
-        def once() -> float:
-            return timed(
-                lambda: pipe(  # type: ignore[operator]
-                    PROMPT,
-                    height=256,
-                    width=256,
-                    use_resolution_binning=False,
-                    num_inference_steps=options.steps,
-                    generator=torch.Generator().manual_seed(0),
-                    output_type=output,
-                )
-            )
-
-        return once
-
     latents = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
 
-    def decode(pipe: object) -> Callable[[], float]:
-        @torch.no_grad()
-        def once() -> float:
-            return timed(lambda: pipe.vae.decode(latents))  # type: ignore[attr-defined]
+    def draw(pipe: Any, output: str) -> Callable[[], object]:
+        return lambda: pipe(
+            PROMPT,
+            height=256,
+            width=256,
+            use_resolution_binning=False,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type=output,
+        )
 
-        return once
+    stages: dict[str, Callable[[Any], Callable[[], object]]] = {
+        f"prompt to picture, {steps} steps": lambda pipe: draw(pipe, "pil"),
+        f"prompt to latents, {steps} steps": lambda pipe: draw(pipe, "latent"),
+        "decode": lambda pipe: lambda: pipe.vae.decode(latents),
+    }
+    lines = [f"| work | sanakit, CPU s | {PEER}, CPU s | ratio |", "| --- | --- | --- | --- |"]
+    for stage, make in stages.items():
+        ours, theirs = measure({name: make(pipe) for name, pipe in pipes.items()}, rounds).values()
+        lines.append(f"| {stage} | {ours.median:.3f} | {theirs.median:.3f} | {ours.ratio(theirs):.2f}x |")
+    return "\n".join(lines)
 
-    python = sys.executable
-    rows = [
-        (f"prompt to picture, {options.steps} steps", draw(pipes[0], "pil"), draw(pipes[1], "pil")),
-        (f"prompt to latents, {options.steps} steps", draw(pipes[0], "latent"), draw(pipes[1], "latent")),
-        ("decode", decode(pipes[0]), decode(pipes[1])),
-        (
-            "import the package",
-            lambda: cpu_of([python, "-c", "import sana"]),
-            lambda: cpu_of([python, "-c", "import diffusers"]),
-        ),
-        (
-            "import the pipeline",
-            lambda: cpu_of([python, "-c", "from sana import SanaPipeline"]),
-            lambda: cpu_of([python, "-c", "from diffusers import SanaPipeline"]),
-        ),
-    ]
-    print(f"torch {torch.__version__}, one thread, {options.rounds} rounds, CPU seconds\n")
-    print("| work | sanakit | diffusers | ratio |\n|---|---|---|---|")
-    for name, ours, theirs in rows:
-        a, b, ratio = paired(ours, theirs, options.rounds)
-        print(f"| {name} | {a:.3f} | {b:.3f} | {ratio:.2f}x |")
-    for name, command in (
-        ("sana --help", [python, "-m", "sana", "--help"]),
-        ("python -c pass", [python, "-c", "pass"]),
-    ):
-        print(f"| {name} | {statistics.median(cpu_of(command) for _ in range(options.rounds)):.3f} | - | - |")
+
+def starting(rounds: int) -> str:
+    """Return a table of processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = str(Path(folder) / "a.png")
+        processes = {
+            f"`{LIBRARY}`": ["-c", LIBRARY],
+            "`sana PROMPT`": ["-m", "sana", PROMPT, "-o", picture, "--force"],
+            "`from sana import SanaPipeline`": ["-c", "from sana import SanaPipeline"],
+            "`from diffusers import SanaPipeline`": ["-c", "from diffusers import SanaPipeline"],
+            "`import sana`": ["-c", "import sana"],
+            "`sana --help`": ["-m", "sana", "--help"],
+            "`python -c pass`": ["-c", "pass"],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        for i in range(rounds + 1):
+            for name, words in processes.items():
+                cpu = child(words)[0]
+                if i:  # the first round reads the files from the disk
+                    seconds[name].append(cpu)
+    timings = {name: Timing(cpu=tuple(cpu), wall=()) for name, cpu in seconds.items()}
+    library = timings[f"`{LIBRARY}`"]
+    lines = ["| process | CPU s, median (min - max) | of the first line |", "| --- | --- | --- |"]
+    for name, timing in timings.items():
+        spread = f"{timing.median:.3f} ({min(timing.cpu):.3f} - {max(timing.cpu):.3f})"
+        lines.append(f"| {name} | {spread} | {library.ratio(timing):.2f}x |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
