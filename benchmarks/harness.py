@@ -71,7 +71,8 @@ def measure(
 
     `flops` is that of one call, for all cases or by name. `before` runs uncounted ahead of each call, to empty caches.
     """
-    values: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in cases}
+    values: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    peaks: dict[str, int | None] = dict.fromkeys(cases)
     ceiling, rates = Ceiling(), []
     with _threads(threads), torch.no_grad():
         for i in range(warmups + rounds):
@@ -79,9 +80,10 @@ def measure(
             for name, case in cases.items():
                 if before is not None:
                     before()
-                value = _once(case)
-                if i >= warmups:
-                    values[name].append(value)
+                if i < warmups:
+                    peaks[name] = _peak_of(case)
+                else:
+                    values[name].append(_times_of(case))
             if i >= warmups:
                 rates.append((rate + ceiling()) / 2)
     return {
@@ -90,22 +92,30 @@ def measure(
             wall=tuple(value[1] for value in values[name]),
             ceiling=tuple(rates),
             flops=flops.get(name) if isinstance(flops, Mapping) else flops,
-            peak=max((value[2] for value in values[name] if value[2] is not None), default=None),
+            peak=peaks[name],
         )
         for name in cases
     }
 
 
-def _once(case: Callable[[], object]) -> tuple[float, float, int | None]:
-    """Return CPU seconds, wall seconds and growth of memory of one call."""
+def _times_of(case: Callable[[], object]) -> tuple[float, float]:
+    """Return CPU and wall seconds of one call."""
     gc.collect()
-    start = _reset_peak()
     cpu, wall = time.process_time(), time.perf_counter()
     result = case()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    del result
+    return cpu, wall
+
+
+def _peak_of(case: Callable[[], object]) -> int | None:
+    """Return by how much memory grows in one call, which is not timed: memory is given back to the system before it."""
+    gc.collect()
+    start = _reset_peak()
+    result = case()
     end = peak_memory()
     del result
-    return cpu, wall, end - start if start is not None and end is not None else None
+    return end - start if start is not None and end is not None else None
 
 
 class Ceiling:

@@ -10,7 +10,7 @@ from command import Sana
 
 from sana.apps.cli import VERBS
 from sana.apps.cli.arguments import flag_of
-from sana.apps.cli.completion import SCRIPTS, pages
+from sana.apps.cli.verbs.completion import SCRIPTS, pages
 from sana.cards import CARDS
 from sana.engine.request import Request
 

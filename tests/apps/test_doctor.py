@@ -12,8 +12,9 @@ import pytest
 from command import Sana
 
 import sana as package
-from sana.apps.cli import cache, checks, doctor
+from sana.apps.cli import cache, checks
 from sana.apps.cli.checks import CHECKS, Answers, Check
+from sana.apps.cli.verbs import doctor
 
 TORCH = {
     "version": "2.13.0",

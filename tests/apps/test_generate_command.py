@@ -16,10 +16,10 @@ from PIL import Image
 
 import sana as sana_package
 from sana import read_metadata
-from sana.apps.cli.generate import _introduce
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.order import parse
 from sana.apps.cli.output import Terminal
+from sana.apps.cli.verbs.generate import _introduce
 from sana.cards import CARDS
 from sana.engine import generate as engine
 from sana.engine.request import Result

@@ -10,8 +10,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sana import Request
-from sana.apps.cli.info import command
 from sana.apps.cli.order import parse
+from sana.apps.cli.verbs.info import command
 from sana.cards import CARDS
 from sana.engine.images import save_png
 from sana.engine.request import Result
@@ -120,7 +120,7 @@ def test_the_command_line_of_a_request_is_read_back_as_the_request(request_: Req
 def test_the_command_names_the_precision_where_all_parts_had_the_same(
     name: str, dtypes: tuple[str, ...], flag: str | None
 ) -> None:
-    from sana.apps.cli.info import _dtype
+    from sana.apps.cli.verbs.info import _dtype
 
     keys = ("transformer_dtype", "text_encoder_dtype", "vae_dtype")
     assert _dtype({"name": name, **dict(zip(keys, dtypes, strict=False))}) == flag

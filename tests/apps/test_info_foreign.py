@@ -12,8 +12,8 @@ import pytest
 from command import Sana
 
 from foreign_pictures import A1111, NEGATIVE, PICTURES, PROMPT, international, packed, png, text, write
-from sana.apps.cli.info import NEAREST, nearest
 from sana.apps.cli.order import parse
+from sana.apps.cli.verbs.info import NEAREST, nearest
 from sana.cards import CARDS
 from sana.engine.metadata import Settings
 

@@ -10,9 +10,9 @@ import pytest
 from command import Sana
 
 from sana.apps.cli import cache
+from sana.apps.cli.known import millions
 from sana.apps.cli.machine import Machine, introduce
-from sana.apps.cli.models import listed, millions
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.output import Terminal, listed
 from sana.cards import CARDS, Card
 from sana.errors import ModelNotFound
 

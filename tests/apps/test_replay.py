@@ -19,7 +19,7 @@ from foreign_pictures import ASCII, PICTURES, comment, exif, international, png,
 from sana import read_metadata
 from sana.apps.cli import main
 from sana.apps.cli.machine import Machine
-from sana.apps.cli.replay import compare
+from sana.apps.cli.verbs.replay import compare
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -291,7 +291,7 @@ def test_a_model_from_the_hub_is_loaded_in_the_recorded_commit(
         raise AssertionError("enough")
 
     monkeypatch.setattr("sana.engine.parts.load", load)
-    monkeypatch.setattr("sana.apps.cli.replay.introduce", lambda *_: None)
+    monkeypatch.setattr("sana.apps.cli.verbs.replay.introduce", lambda *_: None)
     edited(fox, with_model(name="sana-0.6b-512", commit="abc", device="cpu"))
     sana("replay", "fox.png")
     assert (seen[0]["model"], seen[0]["revision"], seen[0]["device"]) == ("sana-0.6b-512", "abc", "cpu")

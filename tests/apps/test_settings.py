@@ -198,8 +198,8 @@ def facts(order: Order) -> Any:
 @examples(deadline=None, max_examples=50)
 @given(values=plain, count=st.none() | st.integers(1, 3))
 def test_a_printed_configuration_orders_the_same(values: dict[str, Any], count: int | None) -> None:
-    from sana.apps.cli import config
     from sana.apps.cli.output import Terminal
+    from sana.apps.cli.verbs import config
 
     if count is not None and len(values.get("seed", [])) < 2:
         values = {**values, "count": count}

@@ -12,7 +12,7 @@ from command import Sana
 
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.output import Terminal
-from sana.apps.cli.train import plan, split_overrides, stop_requests
+from sana.apps.cli.verbs.train import plan, split_overrides, stop_requests
 from sana.errors import InvalidInput
 from sana.training.loop import TrainStep
 

@@ -225,7 +225,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("folder").mkdir()
     monkeypatch.setattr("subprocess.Popen", refuse)
     probes = ("torch", "transformers", "drawing", "torchvision", "hub")
-    monkeypatch.setattr("sana.apps.cli.doctor.ask", lambda: {name: {"error": "not tried"} for name in probes})
+    monkeypatch.setattr("sana.apps.cli.verbs.doctor.ask", lambda: {name: {"error": "not tried"} for name in probes})
     monkeypatch.setattr("sys.stdin", None)
     return tmp_path
 

@@ -161,14 +161,14 @@ exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found
             130 interrupted"""
 
 VERBS = {
-    "generate": Verb("sana.apps.cli.generate", "draw pictures; what happens when no verb is given"),
-    "info": Verb("sana.apps.cli.info", "show how a picture was made, without loading a model"),
-    "replay": Verb("sana.apps.cli.replay", "draw a picture again and compare every pixel"),
-    "decode": Verb("sana.apps.cli.decode", "make pictures from latents that were saved"),
-    "models": Verb("sana.apps.cli.models", "list the models, or tell all about one"),
-    "config": Verb("sana.apps.cli.config", "show every setting and where it comes from"),
-    "doctor": Verb("sana.apps.cli.doctor", "check this computer, and say how to mend what is amiss"),
-    "completion": Verb("sana.apps.cli.completion", "print a script that completes words in a shell"),
-    "train": Verb("sana.apps.cli.train", "train from recipes; goes on where it was stopped"),
-    "evaluate": Verb("sana.apps.cli.evaluate", "measure a model and print the table"),
+    "generate": Verb("sana.apps.cli.verbs.generate", "draw pictures; what happens when no verb is given"),
+    "info": Verb("sana.apps.cli.verbs.info", "show how a picture was made, without loading a model"),
+    "replay": Verb("sana.apps.cli.verbs.replay", "draw a picture again and compare every pixel"),
+    "decode": Verb("sana.apps.cli.verbs.decode", "make pictures from latents that were saved"),
+    "models": Verb("sana.apps.cli.verbs.models", "list the models, or tell all about one"),
+    "config": Verb("sana.apps.cli.verbs.config", "show every setting and where it comes from"),
+    "doctor": Verb("sana.apps.cli.verbs.doctor", "check this computer, and say how to mend what is amiss"),
+    "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),
+    "train": Verb("sana.apps.cli.verbs.train", "train from recipes; goes on where it was stopped"),
+    "evaluate": Verb("sana.apps.cli.verbs.evaluate", "measure a model and print the table"),
 }

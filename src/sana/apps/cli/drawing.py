@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import out_of_memory_told
-from sana.apps.cli.models import DEFAULT_MODEL
 from sana.apps.cli.order import Job, Order
 from sana.apps.cli.output import Progress, Terminal, duration
 from sana.apps.cli.sheet import Sheet

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import sana
 from sana.apps.cli import cache
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.models import DEFAULT_MODEL, TOY, check_model, listed, millions, terms
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.known import DEFAULT_MODEL, TOY, check_model, millions, terms
+from sana.apps.cli.output import Terminal, listed
 from sana.apps.cli.values import read_device
 from sana.cards import CARDS, FULL, Card
 from sana.errors import InvalidInput, OutOfMemory, SanaError

@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 if TYPE_CHECKING:
@@ -211,6 +212,25 @@ def is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:
         return False
+
+
+def listed(rows: Mapping[str, str | Sequence[str]]) -> list[str]:
+    """Return names and values in two columns, wrapped to the terminal; what is empty is left out."""
+    width = max(20, min(shutil.get_terminal_size().columns, 100) - 2)
+    hang = " " * (max(map(len, rows)) + 4)
+    lines = []
+    for name, value in rows.items():
+        for i, part in enumerate([value] if isinstance(value, str) else value):
+            start = f"  {name if i == 0 else ''}".ljust(len(hang))
+            lines += textwrap.wrap(
+                part,
+                width,
+                initial_indent=start,
+                subsequent_indent=hang,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return lines
 
 
 def printable(text: str) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.info import dtypes_of, nearest, read_file
+from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import MACHINE, Machine, introduce, out_of_memory_told
-from sana.apps.cli.models import DEFAULT_MODEL
 from sana.apps.cli.names import STDOUT, check_files, plan_files
 from sana.apps.cli.output import Terminal, duration
+from sana.apps.cli.verbs.info import dtypes_of, nearest, read_file
 from sana.cards import CARDS
 from sana.engine.metadata import Metadata, shortened
 from sana.engine.request import Request, Result

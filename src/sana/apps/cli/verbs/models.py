@@ -1,15 +1,13 @@
 """`sana models`: the table of known models, or everything about one."""
 
-import shutil
-import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from sana.apps.cli import arguments, cache
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.known import millions, no_model, terms
+from sana.apps.cli.output import Terminal, listed
 from sana.cards import CARDS, Card
-from sana.errors import InvalidInput, ModelNotFound, did_you_mean
+from sana.errors import InvalidInput
 
 USAGE = "sana models [NAME] [options]"
 DESCRIPTION = "List the models that -m knows by name, or tell all about one of them. Loads and downloads nothing."
@@ -21,55 +19,11 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if len(names) > 1:
         raise InvalidInput("`sana models` tells about one model at a time; name one, or none for the table.")
     if names and names[0] not in CARDS:
-        raise _no_model(names[0])
+        raise no_model(names[0])
     chosen = [CARDS[name] for name in names] or list(CARDS.values())
     terminal.document({"models": [_facts(card) for card in chosen]})
     terminal.result(_sheet(chosen[0]) if names else _table(chosen))
     return 0
-
-
-def check_model(name: str) -> None:
-    """Refuse a name that is no card, no path and no hub id; the others are found, or not, when the model is loaded.
-
-    Raises:
-        ModelNotFound: naming what is meant, perhaps.
-    """
-    if name not in CARDS and "/" not in name and not Path(name).expanduser().exists():
-        raise _no_model(name)
-
-
-def _no_model(name: str) -> ModelNotFound:
-    return ModelNotFound(f"There is no model '{name[:80]}'.{did_you_mean(name, CARDS)} All of them: sana models")
-
-
-def millions(params: int) -> str:
-    """Return a number of parameters as one says it: 8.9 M, 592 M, 1.6 B."""
-    size = params / 1e6
-    return f"{size / 1000:.1f} B" if size >= 1000 else f"{size:.0f} M" if size >= 100 else f"{size:.1f} M"
-
-
-def terms(card: Card) -> str:
-    """Return the licence in a few words."""
-    return card.licence + (", for research only" if card.research_only else "")
-
-
-def listed(rows: Mapping[str, str | Sequence[str]]) -> list[str]:
-    """Return names and values in two columns, wrapped to the terminal; what is empty is left out."""
-    width = max(20, min(shutil.get_terminal_size().columns, 100) - 2)
-    hang = " " * (max(map(len, rows)) + 4)
-    lines = []
-    for name, value in rows.items():
-        for i, part in enumerate([value] if isinstance(value, str) else value):
-            start = f"  {name if i == 0 else ''}".ljust(len(hang))
-            lines += textwrap.wrap(
-                part,
-                width,
-                initial_indent=start,
-                subsequent_indent=hang,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    return lines
 
 
 def _facts(card: Card) -> dict[str, Any]:
@@ -153,7 +107,3 @@ def _sizes(card: Card) -> str:
     if card.sizes is not None:
         return ", ".join(f"{w}x{h}" for h, w in card.sizes) + " only"
     return f"{card.base_size}x{card.base_size}, or other shapes of that area"
-
-
-DEFAULT_MODEL = "nano"
-TOY = "a toy that shows that everything works, not SANA's quality"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sana.apps.cli import arguments
-from sana.apps.cli.models import DEFAULT_MODEL
+from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.output import Terminal, printable
 from sana.cards import CARDS
 from sana.engine.metadata import Metadata, Settings, read_metadata, shortened

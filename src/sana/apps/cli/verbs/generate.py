@@ -23,7 +23,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         if card is not None:
             order.fitted(card)
         if order.manner.print_config:
-            from sana.apps.cli.config import print_config
+            from sana.apps.cli.verbs.config import print_config
 
             return print_config(order, terminal)
         _check_place(order, terminal)

@@ -9,10 +9,9 @@ from typing import Annotated
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.machine import MACHINE, Machine, introduce
-from sana.apps.cli.models import listed
 from sana.apps.cli.names import check_files
 from sana.apps.cli.order import named_as_flags
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.output import Terminal, listed
 from sana.errors import InvalidInput, did_you_mean
 from sana.evaluation import runner
 
