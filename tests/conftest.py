@@ -7,6 +7,8 @@ import pytest
 
 # Read by the hub library when it is imported; no test may reach the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read by setuptools, which torch's compiler imports: it would replace a distutils that other packages imported before.
+os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
 # Read by torch when it is imported. On models this small a second thread only waits, and on a busy machine it spins.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

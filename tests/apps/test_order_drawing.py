@@ -139,10 +139,25 @@ def test_interrupted_in_the_loop_what_is_drawn_is_written(draw: Sana, monkeypatc
 
 
 def test_nothing_is_left_to_draw(draw: Sana, calls: list[Any]) -> None:
-    Path("a-fox-5.png").write_text("here")
-    said = draw("a fox", "--seed", "5", "--skip-existing")
+    assert draw("a fox", "--seed", "5", "--steps", "1").code == 0
+    before = Path("a-fox-5.png").read_bytes()
+    calls.clear()
+    said = draw("a fox", "--seed", "5", "--steps", "1", "--skip-existing")
     assert (said.code, said.out, calls) == (0, "", [])
-    assert Path("a-fox-5.png").read_text() == "here"
+    assert "other settings" not in said.err
+    said = draw("a fox", "--seed", "5", "--steps", "2", "--skip-existing")
+    assert (said.code, said.out, calls) == (0, "", [])
+    assert "warning: a-fox-5.png was drawn with other settings; it is left as it is." in said.err
+    assert Path("a-fox-5.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"here", b"\x89PNG\r\n\x1a\n and then the power failed"])
+def test_half_a_picture_is_not_taken_for_a_whole_one(content: bytes, draw: Sana, calls: list[Any]) -> None:
+    Path("a-fox-5.png").write_bytes(content)
+    said = draw("a fox", "--seed", "5", "--skip-existing")
+    assert (said.code, calls) == (2, [])
+    assert said.err.endswith("sana: a-fox-5.png is no whole picture. Delete it, or draw it again with --force.\n")
+    assert Path("a-fox-5.png").read_bytes() == content
 
 
 @pytest.fixture

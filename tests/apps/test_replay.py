@@ -135,6 +135,19 @@ def test_the_new_picture_is_written_where_wished(sana: Sana, fox: Path) -> None:
 
 
 @pytest.mark.usefixtures("loads_nothing")
+def test_a_picture_made_transparent_is_not_identical(sana: Sana, fox: Path) -> None:
+    with Image.open(fox) as picture:
+        text = PngInfo()
+        for name, value in picture.text.items():  # type: ignore[attr-defined]
+            text.add_itxt(name, value)
+        clear = picture.convert("RGBA")
+    clear.putalpha(clear.getchannel("A").point(lambda _: 100))
+    clear.save("clear.png", pnginfo=text)
+    said = sana("replay", "clear.png")
+    assert said.code == 1
+    assert "transparency" in said.out
+
+
 def test_a_cut_picture_is_told_without_drawing(sana: Sana, fox: Path) -> None:
     edited(fox, pixels=lambda image: image.crop((0, 0, 100, 50)))
     said = sana("replay", "fox.png")

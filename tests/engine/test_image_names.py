@@ -48,3 +48,9 @@ def test_a_temporary_file_that_vanishes_gives_nobody_its_name(tmp_path: Path) ->
     with pytest.raises(NotWritten, match=r"a\.png could not be written"):
         write_atomically(tmp_path / "a.png", vanish)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_name_in_chinese_is_a_name(tmp_path: Path) -> None:
+    target = tmp_path / f"{'猫' * 81}.png"  # 247 bytes of the 255 that file systems allow
+    write_atomically(target, lambda file: file.write(b"cat"))
+    assert [path.name for path in tmp_path.iterdir()] == [target.name]

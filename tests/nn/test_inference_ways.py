@@ -166,3 +166,25 @@ def test_shared_modulation_is_part_of_the_norm() -> None:
     norm.register_forward_hook(lambda module, args, out: calls.append(out))
     modulated_norm(norm, x, shift, scale)
     assert len(calls) == 1
+
+
+def test_a_padding_that_makes_pictures_tile_is_honoured() -> None:
+    module = block()
+    zeros = plain(module, image())
+    module.conv_depth.padding_mode = "circular"
+    circular = plain(module, image())
+    assert not torch.allclose(circular, zeros, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(image()), circular.detach(), rtol=1e-5, atol=1e-5)
+    assert not bare(torch.float32, nn.Conv2d(4, 4, 3, stride=2))
+    assert not bare(torch.float32, nn.Conv2d(4, 4, 3, dilation=2))
+
+
+def test_a_hook_on_all_modules_is_honoured() -> None:
+    layer = nn.Linear(2, 2)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: out)
+    try:
+        assert not unhooked(layer)
+    finally:
+        handle.remove()
+    assert unhooked(layer)

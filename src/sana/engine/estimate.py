@@ -206,8 +206,9 @@ def measure(device: str, dtypes: Sequence[str]) -> Rates:
     def rate(work: Callable[[], Any], amount: float) -> float:
         work()
         _wait(device)
-        best, end = float("inf"), time.perf_counter() + CALIBRATION
-        while time.perf_counter() < end:
+        best, end, calls = float("inf"), time.perf_counter() + CALIBRATION, 0
+        while time.perf_counter() < end or calls < LEAST_CALLS:  # on a busy machine a single call says nothing
+            calls += 1
             began = time.perf_counter()
             work()
             _wait(device)
@@ -235,6 +236,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+LEAST_CALLS = 8
 OPS_PER_LAYER = 60
 OPERATOR_SHARE = 0.2
 """An operator of a network costs about five times the smallest addition: arguments, memory, Python around it."""

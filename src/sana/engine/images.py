@@ -114,6 +114,11 @@ def save_png(result: Result, index: int, path: str | Path, *, metadata: Level = 
     return target
 
 
+def beginning(target: Path) -> str:
+    """Return the start of a file's name, short enough to leave room for more: file systems count bytes."""
+    return target.name.encode(errors="ignore")[:100].decode(errors="ignore")
+
+
 def write_atomically(target: Path, write: Callable[[io.BufferedWriter], object], *, force: bool = False) -> None:
     """Call `write` with a temporary file beside `target`, then give it the final name in one step.
 
@@ -127,7 +132,7 @@ def write_atomically(target: Path, write: Callable[[io.BufferedWriter], object],
         raise InvalidInput(f"The folder {target.parent} does not exist. Create it first.")
     if target.exists() and not force:
         raise _exists(target)
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{beginning(target)}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with open(temporary, "xb") as file:
@@ -188,7 +193,7 @@ def _not_written(target: Path, error: OSError) -> NotWritten:
 
 
 def _exists(target: Path) -> InvalidInput:
-    return InvalidInput(f"{target} exists already and is not overwritten. Choose another name, or allow it with force.")
+    return InvalidInput(f"{target} exists already and is not overwritten. Choose another name, or allow it: `force`.")
 
 
 def load_image(

@@ -39,7 +39,8 @@ def modulate(x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 
 def modulated_norm(norm: nn.LayerNorm, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     """Return norm(x) (1 + scale) + shift; one pass over x where all rows share the modulation."""
-    if len(scale_B1D) == 1 and norm.weight is None and scale_B1D.dtype == x_BND.dtype and unhooked(norm):
+    plain = type(norm) is nn.LayerNorm and norm.weight is None and unhooked(norm)
+    if plain and len(scale_B1D) == 1 and scale_B1D.dtype == x_BND.dtype:
         return F.layer_norm(x_BND, norm.normalized_shape, 1 + scale_B1D[0, 0], shift_B1D[0, 0], norm.eps)
     return modulate(norm(x_BND), shift_B1D, scale_B1D)
 

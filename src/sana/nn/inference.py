@@ -20,7 +20,7 @@ def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:
     Wrappers of adapters, quantised weights, parametrisations, hooks and offloading all answer False.
     """
     return all(
-        type(layer) in (nn.Linear, nn.Conv2d)
+        (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and _ordinary(layer)))
         and type(layer.weight) is nn.Parameter
         and layer.weight.dtype == dtype
         and unhooked(layer)
@@ -30,4 +30,10 @@ def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:
 
 def unhooked(layer: nn.Module) -> bool:
     """Whether calling the layer runs its own forward and nothing else."""
-    return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in vars(layer)
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return not (layer._forward_hooks or layer._forward_pre_hooks or everywhere or "forward" in vars(layer))
+
+
+def _ordinary(conv: nn.Conv2d) -> bool:
+    """Whether a convolution pads with zeros and leaves nothing out; another padding makes pictures that tile."""
+    return conv.padding_mode == "zeros" and conv.stride == (1, 1) and conv.dilation == (1, 1)

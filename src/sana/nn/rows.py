@@ -276,7 +276,9 @@ def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def local(norm: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a norm of images sees one pixel at a time: `ChannelRMSNorm`, or a batch norm in evaluation."""
-    fixed = type(norm) is ChannelRMSNorm or (type(norm) is nn.BatchNorm2d and not norm.training)
+    fixed = type(norm) is ChannelRMSNorm or (
+        type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None
+    )
     return fixed and unhooked(norm) and all(parameter.dtype == dtype for parameter in norm.parameters())
 
 
@@ -314,7 +316,7 @@ def _norm_act(x: Tensor, out: Tensor, weight: Tensor, bias: Tensor, eps: float, 
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return torch.addcmul(bias, scaled.to(x.dtype), weight)
 

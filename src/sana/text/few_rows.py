@@ -33,6 +33,7 @@ class FewRows(TorchFunctionMode):
 def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         bias is None
+        and weight.ndim == 2
         and type(weight) in (Tensor, nn.Parameter)
         and type(x) is Tensor
         and x.dtype == weight.dtype == torch.bfloat16

@@ -125,9 +125,9 @@ class PromptEncoder:
 
     The instruction's keys and values are computed once and kept on the model's device. Whole results are kept too, on
     the CPU and in small number, so the default negative prompt and a repeated prompt cost nothing. Both are dropped as
-    soon as the model's weights are moved, cast, replaced or changed in place; only a change through `.data` leaves no
-    trace, call `clear` after one. The result of a call depends on its arguments only, not on earlier calls. Not meant
-    for several threads at once.
+    soon as the model's weights are moved, cast, replaced or changed in place. A change through `.data`, a hook or an
+    adapter that is switched leaves no trace: call `clear` after one. The result of a call depends on its arguments
+    only, not on earlier calls. Not meant for several threads at once.
 
     At most `max_batch` prompts go through the model together. With 1 the embedding of a prompt has the same bits in
     every company; otherwise a different padding may change the last bits.

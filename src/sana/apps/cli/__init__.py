@@ -85,7 +85,8 @@ def _run(words: list[str], terminal: Terminal) -> int:
         terminal.result(f"sana {sana.__version__}")
         return 0
     if first not in VERBS:
-        _check_typo(first)
+        if not first.startswith("-"):
+            _check_typo(first)
         first, rest = "generate", words
     if first == "generate":
         _check_encoding(rest)

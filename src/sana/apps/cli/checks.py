@@ -175,7 +175,7 @@ def check_hub(answers: Answers) -> list[Check]:
     """Whether the hub answers; the token is never shown."""
     error, facts = answers["hub"].get("error"), answers["hub"].get("facts", {})
     if error is not None:
-        fact = f"{facts.get('host', 'the hub')} cannot be reached ({error}); what is in the cache still loads"
+        fact = f"{facts.get('host', 'the hub')} cannot be reached ({error}): is there a network? The cache still loads"
         return [Check("hub", "amiss", fact, "export HF_HUB_OFFLINE=1")]
     if facts.get("offline"):
         return [Check("hub", "good", "is not asked, because HF_HUB_OFFLINE is set")]

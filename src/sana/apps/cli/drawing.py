@@ -12,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import out_of_memory_told
+from sana.apps.cli.names import is_whole_png
 from sana.apps.cli.order import Job, Order
 from sana.apps.cli.output import Progress, Terminal, duration
 from sana.apps.cli.sheet import Sheet
 from sana.apps.cli.values import runs_of
 from sana.apps.cli.writer import Task, Writer
 from sana.engine.request import Request, Result
-from sana.errors import OutOfMemory, SanaError
+from sana.errors import InvalidInput, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.latents import Finished
     from sana.engine.parts import Parts
     from sana.flow.samplers import Step
 
+NOT_COMPARED = frozenset({"seed", "count", "batch_size"})
+"""Settings that pictures of one order differ in, or that change only the last bits."""
 MOST_SHOWN = 4
 """Pictures of an order that are shown in the terminal without being asked for."""
 
@@ -85,7 +88,7 @@ class Drawing:
         """
         requests = self.order.fitted(self.parts.effective_card)
         steps = [request.resolve(self.parts.effective_card).steps for request in requests]
-        todo = [self._todo(job) for job in self.order.jobs]
+        todo = [self._todo(job, request) for job, request in zip(self.order.jobs, requests, strict=True)]
         self._steps = sum(len(seeds) * n for seeds, n in zip(todo, steps, strict=True))
         try:
             with self.terminal.count(max(self._steps, 1)) as self._progress, self.writer, out_of_memory_told():
@@ -125,17 +128,35 @@ class Drawing:
         names = [str(path) for path in self.latents if path.exists()]
         return "".join(f" Finished latents are in {name}; for their pictures: sana decode {name}" for name in names)
 
-    def _todo(self, job: Job) -> list[int]:
-        """Return the seeds of a job whose pictures are to be drawn."""
+    def _todo(self, job: Job, request: Request) -> list[int]:
+        """Return the seeds of a job whose pictures are to be drawn.
+
+        Raises:
+            InvalidInput: a file that would be skipped is no whole picture.
+        """
         if not self.order.writing.skip_existing:
             return list(job.seeds)
         here = {seed: file for seed, file in zip(job.seeds, job.files, strict=True) if file.exists()}
+        for file in here.values():
+            self._check_skipped(file, request)
         self.report.skipped += map(str, here.values())
         if self.sheet is not None:
             for seed, file in here.items():
                 self.sheet.add_file(job, seed, file)
         self.count -= len(here)
         return [seed for seed in job.seeds if seed not in here]
+
+    def _check_skipped(self, file: Path, request: Request) -> None:
+        """Refuse a file that was cut short, and tell of one that was drawn otherwise than it is asked for now."""
+        from sana.engine.metadata import read_metadata
+
+        if not is_whole_png(file):
+            raise InvalidInput(f"{file} is no whole picture. Delete it, or draw it again with --force.")
+        record = read_metadata(file).record
+        drawn = record.get("request") if record is not None else None
+        asked = request.resolve(self.parts.effective_card).to_dict()
+        if isinstance(drawn, dict) and any(drawn.get(name) != asked[name] for name in asked.keys() - NOT_COMPARED):
+            self.terminal.warn(f"{file} was drawn with other settings; it is left as it is.")
 
     def _draw(self, job: Job, request: Request) -> None:
         """Draw a run of consecutive seeds."""

@@ -144,7 +144,7 @@ def parse(words: Sequence[str]) -> Order:
     order = Order(jobs=jobs, machine=machine, writing=writing, manner=manner, settings=base, axes=axes)
     if order.to_stdout and len(order.files) > 1:
         raise InvalidInput(f"`output` - writes one picture, not {len(order.files)}. Name a folder instead.")
-    return dataclasses.replace(order, sheet=_sheet(order)) if axes else order
+    return dataclasses.replace(order, sheet=distinct([*order.files, _sheet(order)])[-1]) if axes else order
 
 
 def check_effects(settings: ResolvedRequest, card: Card, given: frozenset[str]) -> None:

@@ -96,7 +96,7 @@ def _seeds(part: str) -> list[str]:
 
 def _range(part: str, kind: Any) -> list[str]:
     """Return the values of `4-20:4`, of `4-8` with a step of 1, or of anything else just that."""
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)-(\d{1,6}(?:\.\d{1,6})?)(?::(\d{1,6}(?:\.\d{1,6})?))?", part)
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)-(\d{1,6}(?:\.\d{1,9})?)(?::(\d{1,6}(?:\.\d{1,9})?))?", part)
     if kind not in (int, float) or found is None:
         return [part]
     first, last, step = Decimal(found[1]), Decimal(found[2]), Decimal(found[3] or 1)

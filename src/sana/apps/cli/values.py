@@ -61,7 +61,7 @@ def read_seeds(text: str) -> list[int] | None:
         raise InvalidInput(f"takes 0 or more, or -1, which draws a random seed as 'random' does, not '{text[:40]}'.")
     seeds: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        found = re.fullmatch(r"\s*(\d{1,4000})\s*(?:-\s*(\d{1,4000})\s*)?", part)
         if found is None:
             raise InvalidInput(f"takes a number, a range such as 1-4, or a list such as 3,17, not '{text[:40]}'.")
         first, last = int(found[1]), int(found[2] or found[1])

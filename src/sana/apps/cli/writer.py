@@ -98,13 +98,15 @@ class Writer:
 
     def _abandon(self) -> None:
         """Write nothing more, and remove what is half written unless it is finished in a moment."""
+        from sana.engine.images import beginning
+
         self._error = self._error or InterruptedError("Interrupted.")
         target = self._target
         try:
             self._thread.join(PATIENCE)
         finally:
             if target is not None:
-                for half in target.parent.glob(f".{glob.escape(target.name[:100])}.*.tmp"):
+                for half in target.parent.glob(f".{glob.escape(beginning(target))}.*.tmp"):
                     half.unlink(missing_ok=True)
 
 

@@ -108,13 +108,15 @@ def _decode(parts: "Parts", finished: "Finished", terminal: Terminal) -> Result:
 
     for made in decode_to(finish, parts.vae, finished.latents, terminal.warn):
         pictures += made
-    dtype = str(parts.vae.dtype).removeprefix("torch.")
+    model = {**finished.model, "vae_dtype": str(parts.vae.dtype).removeprefix("torch.")}
+    if parts.name != model.get("name"):  # then the whole is no model that could be named by its weights
+        model = {name: fact for name, fact in model.items() if name != "weights"} | {"decoded_with": parts.name}
     return Result(
         images=pictures,
         seeds=finished.seeds,
         settings=settings,
         timings={"decode": time.perf_counter() - began},
-        model={**finished.model, "vae_dtype": dtype},
+        model=model,
     )
 
 

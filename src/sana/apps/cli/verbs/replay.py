@@ -88,6 +88,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if targets:
         _save(result, targets[0], machine, writing, terminal)
         report["files"] = [str(target) for target in targets]
+    report["warnings"] = terminal.warnings
     return _judge(file, resized, picture, result, report, terminal)
 
 
@@ -238,7 +239,7 @@ def _judge(
     if gap is None:
         terminal.result(resized)
     else:
-        share = f"{gap.pixels} of {gap.total} pixels ({100 * gap.pixels / gap.total:.2g} %)"
+        share = f"{gap.pixels} of {gap.total} pixels ({100 * gap.pixels / gap.total:.3g} %)"
         size = f"by at most {gap.most} of 255, by {gap.mean:.2g} on average over all"
         changed = [f"{d['what']} {shortened(d['then'])} (now {shortened(d['now'])})" for d in report["differences"]]
         cause = f"Not as it was: {', '.join(changed)}." if changed else (
@@ -260,6 +261,11 @@ def compare(one: "Image", other: "Image") -> Gap:
     return Gap(pixels=int(unlike.sum()), total=unlike.size, most=int(apart.max()), mean=float(apart.mean()))
 
 
+def _is_see_through(picture: "Image") -> bool:
+    alpha: Any = picture.convert("RGBA").getchannel("A").getextrema()
+    return bool(picture.has_transparency_data and alpha[0] < 255)
+
+
 def _pixels(file: str, request: Request) -> tuple["Image | None", str]:
     """Return the pixels of a picture, or a sentence if it has another size than its record: then none are read.
 
@@ -275,6 +281,11 @@ def _pixels(file: str, request: Request) -> tuple["Image | None", str]:
                 if request.width is not None and picture.size != (request.width, request.height):
                     was, now = f"{request.width}x{request.height}", f"{picture.width}x{picture.height}"
                     return None, f"{file} has {now} pixels and its record draws {was}: it was cut or resized since."
+                if getattr(picture, "n_frames", 1) > 1 or _is_see_through(picture):
+                    return (
+                        None,
+                        f"{file} has several frames or transparency, which sanakit never writes: it was edited.",
+                    )
                 return picture.convert("RGB"), ""
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidInput(f"The pixels of {file} cannot be read ({shortened(str(error))}).") from error
