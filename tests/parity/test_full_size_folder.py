@@ -3,6 +3,7 @@
 Sharded, in a variant, loaded by both and drawn by both, then drawn by the command. About 7 GB on disk while it runs.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -85,7 +86,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     )
     pipe.save_pretrained(target, variant="bf16", max_shard_size="1GB")
+    fill_vocabulary(target / "tokenizer" / "tokenizer.json", parts[2].config.vocab_size)
     return target
+
+
+def fill_vocabulary(file: Path, size: int) -> None:
+    """Give a tokenizer as many tokens as its text encoder has: they are loaded together only if they fit."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in content["added_tokens"])}
+    vocabulary.update({f"<unused{number}>": number for number in range(size) if number not in taken})
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 @pytest.mark.slow
