@@ -54,3 +54,9 @@ def test_a_long_name_in_chinese_is_a_name(tmp_path: Path) -> None:
     target = tmp_path / f"{'猫' * 81}.png"  # 247 bytes of the 255 that file systems allow
     write_atomically(target, lambda file: file.write(b"cat"))
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"The folder .*gone does not exist\. Create it first\."):
+        write_atomically(tmp_path / "gone" / "a.png", lambda file: file.write(b"cat"))
+    assert list(tmp_path.iterdir()) == []
