@@ -70,6 +70,7 @@ def test_names_and_copies_stay(tiny_parts: Parts, tmp_path: Path) -> None:
 
 def test_parts_may_be_absent() -> None:
     compile_modules(None, None)
+    assert not is_compiled(None)
 
 
 def test_where_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
