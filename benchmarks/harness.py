@@ -98,6 +98,15 @@ def measure(
     }
 
 
+def once(case: Callable[[], object]) -> tuple[float, float, int | None]:
+    """Return CPU seconds, wall seconds and peak memory of one call, the first: for work that is too long to repeat."""
+    gc.collect()
+    start = _reset_peak()
+    cpu, wall = _times_of(case)
+    end = peak_memory()
+    return cpu, wall, end - start if start is not None and end is not None else None
+
+
 def _times_of(case: Callable[[], object]) -> tuple[float, float]:
     """Return CPU and wall seconds of one call."""
     gc.collect()

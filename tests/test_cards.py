@@ -9,6 +9,7 @@ import torch
 
 import sana
 from sana.cards import CARDS, Card
+from sana.models.controlnet import LinearControlNet
 from sana.models.linear_dit import LinearDiT
 
 # (parameters, tensors, hash of names and shapes) of the published transformers, counted apart from this package.
@@ -30,7 +31,13 @@ PUBLISHED = {
     "SANA_Sprint_1.6B_1024px_teacher": (1_604_641_952, 476, "ea3089382865d026"),
     "Sana_Sprint_0.6B_1024px_teacher": (591_876_896, 660, None),
 }
-RELEASED = [card for card in CARDS.values() if card.hub_id]
+PUBLISHED_CONTROL = {
+    "ishan24/Sana_600M_1024px_ControlNetPlus_diffusers": (168_765_696, 162, "33de893ef612fcda"),
+    "Efficient-Large-Model/Sana_600M_1024px_ControlNet_HED": (168_765_696, 162, "33de893ef612fcda"),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_ControlNet_HED": (631_576_960, 162, "97e521c66e3a0d7d"),
+}
+RELEASED = [card for card in CARDS.values() if card.hub_id and card.product != "controlnet"]
+CONTROL = [card for card in CARDS.values() if card.product == "controlnet"]
 DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -57,6 +64,44 @@ def test_architecture_is_the_published_one(card: Card) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == params == card.params
     assert len(model.state_dict()) == tensors
     assert expected is None or manifest(model) == expected
+
+
+@pytest.mark.parametrize("card", CONTROL, ids=lambda card: card.name)
+def test_control_branch_is_the_published_one(card: Card) -> None:
+    params, tensors, expected = PUBLISHED_CONTROL[str(card.hub_id)]
+    assert card.controlnet is not None
+    with torch.device("meta"):
+        branch = LinearControlNet(card.controlnet)
+    assert sum(parameter.numel() for parameter in branch.parameters()) == params == card.control_params
+    assert (len(branch.state_dict()), manifest(branch)) == (tensors, expected)
+    base = CARDS[card.base or "sana-0.6b-1024"]
+    assert (card.transformer, card.params, card.flow_shift) == (base.transformer, base.params, base.flow_shift)
+    assert card.control == "soft-edge"
+    # The original files run as their authors wired them, the folder that others converted as its pipelines do.
+    assert card.wiring == ("native" if card.is_single_file else "diffusers")
+    assert card.download_bytes["controlnet"] == params * (4 if card.is_single_file else 2)
+
+
+def test_every_published_control_branch_has_a_card() -> None:
+    assert sorted(str(card.hub_id) for card in CONTROL) == sorted(PUBLISHED_CONTROL)
+
+
+def test_every_card_names_its_original_file() -> None:
+    for card in RELEASED:
+        assert card.original is not None
+        repository, _, file = card.original.removeprefix("hf://").rpartition("/checkpoints/")
+        assert repository == str(card.hub_id).removesuffix("_diffusers")
+        # The small models have files of one training only, whose name says so.
+        assert file.removesuffix(".pth").removesuffix("_MultiLing") == repository.rpartition("/")[2].removesuffix(
+            "_MultiLing"
+        )
+    assert CARDS["nano"].original is None
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_pag_layers_are_those_of_the_original_applications(card: Card) -> None:
+    expected = {20: 8, 28: 14, 60: 8, 6: 3}[card.transformer.num_layers]
+    assert card.pag_layers == (f"transformer_blocks.{expected}",)
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)

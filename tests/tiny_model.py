@@ -7,7 +7,13 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from sana import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from sana import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    SanaControlNetModel,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from sana.engine.parts import Parts
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
@@ -120,3 +126,23 @@ def make_tiny_parts(**changes: Any) -> Parts:
         scheduler=DPMSolverMultistepScheduler(flow_shift=3.0),
         name="tiny",
     )
+
+
+def make_tiny_sprint(**changes: Any) -> Parts:
+    """Return a fresh SANA-Sprint model: guidance embedded, queries and keys normalised, its own scheduler."""
+    parts = make_tiny_parts(guidance_embeds=True, qk_norm="rms_norm_across_heads", **changes)
+    parts.scheduler = SCMScheduler()
+    return parts
+
+
+def tiny_controlnet(transformer: Any, seed: int = 4) -> Any:
+    """Return a control network for a tiny transformer, with projections that are not zero."""
+    torch.manual_seed(seed)
+    branch = SanaControlNetModel.from_transformer(transformer, num_layers=len(transformer.transformer_blocks) - 1)
+    with torch.no_grad():
+        for name, weight in branch.named_parameters():
+            if name.startswith(("input_block.", "controlnet_blocks.")):
+                weight.normal_(std=0.2)
+            elif "transformer_blocks" in name:
+                weight.mul_(1.1)
+    return branch.eval()

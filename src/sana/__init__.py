@@ -7,28 +7,49 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+    from sana.checkpoints.autoencoder import AutoencoderDC
+    from sana.checkpoints.controlnet import SanaControlNetModel
+    from sana.checkpoints.pretrained import SanaTransformer2DModel
     from sana.checkpoints.schedulers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
     from sana.engine.generate import generate, generate_images
     from sana.engine.images import load_image, save_png
     from sana.engine.metadata import read_metadata
     from sana.engine.parts import Parts, load
-    from sana.engine.request import Request, Result
-    from sana.pipelines import SanaPipeline, SanaPipelineOutput
+    from sana.engine.request import ControlRequest, LoraRequest, Request, Result
+    from sana.memory.quantize_configs import BitsAndBytesConfig, Int8Config, TorchAoConfig
+    from sana.pipelines.auto import AutoPipelineForText2Image
+    from sana.pipelines.controlnet import SanaControlNetPipeline
+    from sana.pipelines.image_to_image import SanaSprintImg2ImgPipeline
+    from sana.pipelines.output import ImagePipelineOutput, SanaPipelineOutput
+    from sana.pipelines.pag import SanaPAGPipeline
+    from sana.pipelines.sprint import SanaSprintPipeline
+    from sana.pipelines.text_to_image import SanaPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoPipelineForText2Image",
     "AutoencoderDC",
+    "BitsAndBytesConfig",
+    "ControlRequest",
     "DPMSolverMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "ImagePipelineOutput",
+    "Int8Config",
+    "LoraRequest",
     "Parts",
     "Request",
     "Result",
     "SCMScheduler",
+    "SanaControlNetModel",
+    "SanaControlNetPipeline",
+    "SanaPAGPipeline",
     "SanaPipeline",
     "SanaPipelineOutput",
+    "SanaSprintImg2ImgPipeline",
+    "SanaSprintPipeline",
     "SanaTransformer2DModel",
+    "TorchAoConfig",
     "generate",
     "generate_images",
     "load",
@@ -51,16 +72,28 @@ def __dir__() -> list[str]:
 
 
 _HOMES = {
-    "AutoencoderDC": "sana.checkpoints.pretrained",
+    "AutoPipelineForText2Image": "sana.pipelines.auto",
+    "AutoencoderDC": "sana.checkpoints.autoencoder",
+    "BitsAndBytesConfig": "sana.memory.quantize_configs",
+    "ControlRequest": "sana.engine.request",
     "DPMSolverMultistepScheduler": "sana.checkpoints.schedulers",
     "FlowMatchEulerDiscreteScheduler": "sana.checkpoints.schedulers",
+    "ImagePipelineOutput": "sana.pipelines.output",
+    "Int8Config": "sana.memory.quantize_configs",
+    "LoraRequest": "sana.engine.request",
     "Parts": "sana.engine.parts",
     "Request": "sana.engine.request",
     "Result": "sana.engine.request",
     "SCMScheduler": "sana.checkpoints.schedulers",
-    "SanaPipeline": "sana.pipelines",
-    "SanaPipelineOutput": "sana.pipelines",
+    "SanaControlNetModel": "sana.checkpoints.controlnet",
+    "SanaControlNetPipeline": "sana.pipelines.controlnet",
+    "SanaPAGPipeline": "sana.pipelines.pag",
+    "SanaPipeline": "sana.pipelines.text_to_image",
+    "SanaPipelineOutput": "sana.pipelines.output",
+    "SanaSprintImg2ImgPipeline": "sana.pipelines.image_to_image",
+    "SanaSprintPipeline": "sana.pipelines.sprint",
     "SanaTransformer2DModel": "sana.checkpoints.pretrained",
+    "TorchAoConfig": "sana.memory.quantize_configs",
     "generate": "sana.engine.generate",
     "generate_images": "sana.engine.generate",
     "load": "sana.engine.parts",

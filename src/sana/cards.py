@@ -7,7 +7,7 @@ limits, bias) and the published configuration files. Parameter counts are those 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sana.config import AutoencoderConfig, TransformerConfig
+from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
 
 NVIDIA_LICENCE = "NVIDIA licence (NSCL v2-custom) and Gemma terms of use"
 GEMMA_TERMS = ("https://ai.google.dev/gemma/terms", "https://ai.google.dev/gemma/prohibited_use_policy")
@@ -45,12 +45,24 @@ class Card:
     """Side in pixels of the pictures it was trained on."""
     hub_id: str | None = None
     """Repository on the Hugging Face hub; None for a built-in model."""
+    original: str | None = None
+    """The same model as a file of the original code, `hf://organisation/repository/path`; None where there is none."""
+    base: str | None = None
+    """For a model that is published as an original file only: the card whose folder supplies the other parts."""
     folder: str | None = None
     """Folder under the package's assets for a built-in model; None for one that is downloaded."""
     variant: str | None = None
     """File variant to load, or None where the repository has only plain files."""
     product: str = "text-to-image"
     """text-to-image, sprint or controlnet."""
+    controlnet: ControlNetConfig | None = None
+    """Architecture of the control branch."""
+    control_params: int = 0
+    """Parameters of the control branch."""
+    control: str | None = None
+    """Kind of picture that the control branch follows, as `--control` names it."""
+    wiring: str = "diffusers"
+    """How the control branch is wired to the transformer: diffusers, or native as in the original code."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder."""
     flow_shift: float = 3.0
@@ -63,6 +75,8 @@ class Card:
     """Default number of steps."""
     guidance: float = 4.5
     """Default guidance scale."""
+    pag_layers: tuple[str, ...] = ("transformer_blocks.8",)
+    """Blocks that perturbed-attention guidance perturbs by default."""
     sizes: tuple[tuple[int, int], ...] | None = None
     """The only (height, width) it draws; None means any multiple of 32."""
     languages: tuple[str, ...] = ("en", "zh", "emoji")
@@ -86,6 +100,11 @@ class Card:
         return () if not self.hub_id else (f"https://huggingface.co/{self.hub_id}", *GEMMA_TERMS)
 
     @property
+    def is_single_file(self) -> bool:
+        """Whether the repository holds an original file and no folder."""
+        return self.base is not None
+
+    @property
     def download_bytes(self) -> dict[str, int]:
         """About how many bytes of each part are downloaded: its parameters in the precision they are published in."""
         if not self.hub_id:
@@ -94,8 +113,11 @@ class Card:
             "text_encoder": TEXT_ENCODER_PARAMS,
             "transformer": self.params,
             "vae": AUTOENCODER_PARAMS,
+            **({"controlnet": self.control_params} if self.control_params else {}),
         }
-        sizes = {part: count * _BYTES[self.dtypes[part]] for part, count in counts.items()}
+        own = ("transformer", "controlnet") if self.is_single_file else ()  # the original files are all in float32
+        kinds = {"controlnet": self.dtypes["transformer"], **self.dtypes, **dict.fromkeys(own, "float32")}
+        sizes = {part: count * _BYTES[kinds[part]] for part, count in counts.items()}
         return {"tokenizer": TOKENIZER_BYTES, **sizes}
 
 
@@ -116,13 +138,23 @@ _SMALL = TransformerConfig(
     cross_attention_head_dim=72,
     cross_attention_dim=1152,
 )
+_SMALL_CONTROL = ControlNetConfig(
+    num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152
+)
 _LARGE_NORMED = replace(_LARGE, qk_norm="rms_norm_across_heads")
 _SMALL_NORMED = replace(_SMALL, qk_norm="rms_norm_across_heads")
 _HUB = "Efficient-Large-Model/"
+_SMALL_PAG = ("transformer_blocks.14",)
+
+
+def _original(repository: str, name: str | None = None) -> str:
+    return f"hf://{_HUB}{repository}/checkpoints/{name or repository}.pth"
+
 
 _BF16 = Card(
     name="sana-1.6b-1024",
     hub_id=_HUB + "Sana_1600M_1024px_BF16_diffusers",
+    original=_original("Sana_1600M_1024px_BF16"),
     variant="bf16",
     transformer=_LARGE,
     params=1_604_462_752,
@@ -134,6 +166,7 @@ _FP16 = replace(
     _BF16,
     name="sana-1.6b-1024-fp16",
     hub_id=_HUB + "Sana_1600M_1024px_diffusers",
+    original=_original("Sana_1600M_1024px"),
     variant="fp16",
     dtypes=HALF,
     languages=("en",),
@@ -144,6 +177,7 @@ _SANA_15 = replace(
     _BF16,
     name="sana1.5-1.6b-1024",
     hub_id=_HUB + "SANA1.5_1.6B_1024px_diffusers",
+    original=_original("SANA1.5_1.6B_1024px"),
     variant=None,
     transformer=_LARGE_NORMED,
     params=1_604_641_952,
@@ -153,6 +187,7 @@ _SPRINT = replace(
     _SANA_15,
     name="sana-sprint-1.6b-1024",
     hub_id=_HUB + "Sana_Sprint_1.6B_1024px_diffusers",
+    original=_original("Sana_Sprint_1.6B_1024px"),
     product="sprint",
     sampler="scm",
     steps=2,
@@ -164,6 +199,7 @@ _TEACHER = replace(
     _SANA_15,
     name="sana-sprint-teacher-1.6b-1024",
     hub_id=_HUB + "SANA_Sprint_1.6B_1024px_teacher_diffusers",
+    original=_original("SANA_Sprint_1.6B_1024px_teacher"),
     transformer=replace(_LARGE_NORMED, timestep_scale=0.001),
     note="For distillation; it needs the full number of steps.",
 )
@@ -200,6 +236,7 @@ _NANO = Card(
         scaling_factor=1.00543,
     ),
     flow_shift=2.5,
+    pag_layers=("transformer_blocks.3",),
     dtypes=FULL,
     sizes=((256, 256),),
     languages=("en", "zh", "emoji"),
@@ -214,6 +251,21 @@ _NANO = Card(
     not_for="Pictures to be used: it is there to try and to test the program.",
 )
 
+_CONTROL = replace(
+    _BF16,
+    name="sana-1.6b-1024-controlnet-hed",
+    hub_id=_HUB + "Sana_1600M_1024px_BF16_ControlNet_HED",
+    original=_original("Sana_1600M_1024px_BF16_ControlNet_HED"),
+    base="sana-1.6b-1024",
+    variant=None,
+    product="controlnet",
+    controlnet=ControlNetConfig(),
+    control_params=631_576_960,
+    control="soft-edge",
+    wiring="native",
+    note="Follows soft edges or a sketch. One original file with the transformer; it is wired as its authors did.",
+)
+
 _ALL = (
     _NANO,
     _BF16,
@@ -222,12 +274,14 @@ _ALL = (
         _MULTILING,
         name="sana-1.6b-1024-multiling",
         hub_id=_HUB + "Sana_1600M_1024px_MultiLing_diffusers",
+        original=_original("Sana_1600M_1024px_MultiLing"),
         note="Users report bad pictures in half precision; sana-1.6b-1024 knows the same languages.",
     ),
     replace(
         _FP16,
         name="sana-1.6b-512",
         hub_id=_HUB + "Sana_1600M_512px_diffusers",
+        original=_original("Sana_1600M_512px"),
         transformer=replace(_LARGE, sample_size=16),
         base_size=512,
         note="",
@@ -236,6 +290,7 @@ _ALL = (
         _MULTILING,
         name="sana-1.6b-512-multiling",
         hub_id=_HUB + "Sana_1600M_512px_MultiLing_diffusers",
+        original=_original("Sana_1600M_512px_MultiLing"),
         transformer=replace(_LARGE, sample_size=16),
         base_size=512,
     ),
@@ -243,6 +298,8 @@ _ALL = (
         _MULTILING,
         name="sana-0.6b-1024",
         hub_id=_HUB + "Sana_600M_1024px_diffusers",
+        original=_original("Sana_600M_1024px", "Sana_600M_1024px_MultiLing"),
+        pag_layers=_SMALL_PAG,
         transformer=_SMALL,
         params=591_747_872,
         note="Trained with flow shift 4, published with 3.",
@@ -251,6 +308,8 @@ _ALL = (
         _MULTILING,
         name="sana-0.6b-512",
         hub_id=_HUB + "Sana_600M_512px_diffusers",
+        original=_original("Sana_600M_512px", "Sana_600M_512px_MultiLing"),
+        pag_layers=_SMALL_PAG,
         transformer=replace(_SMALL, sample_size=16),
         params=591_747_872,
         base_size=512,
@@ -260,6 +319,7 @@ _ALL = (
         _BF16,
         name="sana-1.6b-2k",
         hub_id=_HUB + "Sana_1600M_2Kpx_BF16_diffusers",
+        original=_original("Sana_1600M_2Kpx_BF16"),
         transformer=replace(_LARGE, sample_size=64, interpolation_scale=1.0),
         base_size=2048,
         note="Decoding needs much memory: tile it.",
@@ -268,6 +328,7 @@ _ALL = (
         _BF16,
         name="sana-1.6b-4k",
         hub_id=_HUB + "Sana_1600M_4Kpx_BF16_diffusers",
+        original=_original("Sana_1600M_4Kpx_BF16"),
         transformer=replace(_LARGE, sample_size=128, interpolation_scale=2.0),
         base_size=4096,
         flow_shift=6.0,
@@ -278,6 +339,7 @@ _ALL = (
         _SANA_15,
         name="sana1.5-4.8b-1024",
         hub_id=_HUB + "SANA1.5_4.8B_1024px_diffusers",
+        original=_original("SANA1.5_4.8B_1024px"),
         transformer=replace(_LARGE_NORMED, num_layers=60),
         params=4_721_825_952,
         note="The highest published scores of the family, at three times the work of the 1.6B models.",
@@ -287,6 +349,8 @@ _ALL = (
         _SPRINT,
         name="sana-sprint-0.6b-1024",
         hub_id=_HUB + "Sana_Sprint_0.6B_1024px_diffusers",
+        original=_original("Sana_Sprint_0.6B_1024px"),
+        pag_layers=_SMALL_PAG,
         transformer=replace(_SMALL_NORMED, guidance_embeds=True),
         params=593_501_216,
     ),
@@ -295,8 +359,40 @@ _ALL = (
         _TEACHER,
         name="sana-sprint-teacher-0.6b-1024",
         hub_id=_HUB + "Sana_Sprint_0.6B_1024px_teacher_diffusers",
+        original=_original("Sana_Sprint_0.6B_1024px_teacher"),
+        pag_layers=_SMALL_PAG,
         transformer=replace(_SMALL_NORMED, timestep_scale=0.001),
         params=591_876_896,
+    ),
+    _CONTROL,
+    replace(
+        _CONTROL,
+        name="sana-0.6b-1024-controlnet-hed",
+        hub_id=_HUB + "Sana_600M_1024px_ControlNet_HED",
+        original=_original("Sana_600M_1024px_ControlNet_HED"),
+        base="sana-0.6b-1024",
+        pag_layers=_SMALL_PAG,
+        transformer=_SMALL,
+        params=591_747_872,
+        controlnet=_SMALL_CONTROL,
+        control_params=168_765_696,
+        dtypes=HALF,
+    ),
+    replace(
+        _CONTROL,
+        name="sana-0.6b-1024-controlnet",
+        hub_id="ishan24/Sana_600M_1024px_ControlNetPlus_diffusers",
+        original=None,
+        base=None,
+        variant="fp16",
+        pag_layers=_SMALL_PAG,
+        transformer=_SMALL,
+        params=591_747_872,
+        controlnet=_SMALL_CONTROL,
+        control_params=168_765_696,
+        wiring="diffusers",
+        dtypes=HALF,
+        note="Follows soft edges or a sketch. A folder that others converted, wired as the pipelines for it do.",
     ),
 )
 

@@ -152,6 +152,12 @@ class _BackboneConfig(_Config):
         if self.interpolation_scale is not None and self.inner_dim % 4:
             raise self._error("interpolation_scale", self.interpolation_scale, "be None unless the width is 4 * k")
 
+    def _check_qk_norm(self, qk_norm: str | None) -> None:
+        if qk_norm is not None and qk_norm not in QK_NORMS:
+            hint = did_you_mean(qk_norm, QK_NORMS)
+            rule = f"be None or one of {', '.join(QK_NORMS)}{'.' if hint else ''}{hint}"
+            raise self._error("qk_norm", qk_norm, rule)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(_BackboneConfig):
@@ -168,10 +174,7 @@ class TransformerConfig(_BackboneConfig):
 
     def _check(self) -> None:
         super()._check()
-        if self.qk_norm is not None and self.qk_norm not in QK_NORMS:
-            hint = did_you_mean(self.qk_norm, QK_NORMS)
-            rule = f"be None or one of {', '.join(QK_NORMS)}{'.' if hint else ''}{hint}"
-            raise self._error("qk_norm", self.qk_norm, rule)
+        self._check_qk_norm(self.qk_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +183,16 @@ class ControlNetConfig(_BackboneConfig):
 
     num_layers: int = 7
     """Number of copied blocks."""
+    qk_norm: str | None = None
+    """As in the transformer; published branches have none, and their files do not name it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON-ready values, in the order of declaration, `qk_norm` only where there is one."""
+        return {name: value for name, value in super().to_dict().items() if (name, value) != ("qk_norm", None)}
+
+    def _check(self) -> None:
+        super()._check()
+        self._check_qk_norm(self.qk_norm)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from sana.apps.cli import VERBS
 from sana.apps.cli.arguments import flag_of
 from sana.apps.cli.verbs.completion import SCRIPTS, pages
 from sana.cards import CARDS
+from sana.engine.attachments import CONTROL_KINDS
 from sana.engine.request import Request
 
 
@@ -54,6 +55,10 @@ def test_bash_completes_verbs_flags_choices_models_and_files(scripts: dict[str, 
     assert offered("-m", "sana-0") == [name for name in CARDS if name.startswith("sana-0")]
     assert offered("x", "-m", "fold") == ["folder"]
     assert offered("models", "sana-sprint-0") == ["sana-sprint-0.6b-1024"]
+    assert offered("models", "ver") == ["verify"]
+    assert offered("a fox", "--control", "") == list(CONTROL_KINDS)
+    assert offered("edit", "") == ["FILES"]
+    assert "--strength" in offered("edit", "--")
     assert offered("train", "my") == ["my recipe.toml"]
     assert set(offered("train", "")) == {"my recipe.toml", "folder"}
     assert set(offered("evaluate", "")) == {"geneval", "autoencoder"}
@@ -68,7 +73,7 @@ def test_bash_completes_verbs_flags_choices_models_and_files(scripts: dict[str, 
 def test_every_flag_of_the_request_is_offered_everywhere(scripts: dict[str, str]) -> None:
     for one in dataclasses.fields(Request):
         if one.name != "prompt":
-            flag = flag_of(one.name)
+            flag = flag_of({"controls": "control", "loras": "lora", "pag_scale": "pag"}.get(one.name, one.name))
             assert flag in scripts["bash"]
             assert flag in scripts["zsh"]
             assert f"-l {flag[2:]} " in scripts["fish"]
@@ -108,4 +113,5 @@ def test_a_shell_must_be_named_and_known(sana: Sana) -> None:
     assert "Which shell?" in sana("completion").err
     said = sana("completion", "bsh")
     assert said.code == 2
-    assert "There is no script for 'bsh'. Did you mean 'bash'?" in said.err
+    assert "There is no script for 'bsh', only for bash, zsh, fish. Did you mean 'bash'?" in said.err
+    assert "only for bash, zsh, fish." in sana("completion", "tcsh").err

@@ -46,7 +46,19 @@ def test_the_page(sana: Sana, no_loading: None) -> None:
 
 
 def test_the_document_of_a_model_that_is_not_here(sana: Sana, no_loading: None) -> None:
-    words = ("a fox", "-m", "sana-1.6b-1024", "--size", "1000x500", "--dtype", "bfloat16", "-o", "new/")
+    words = (
+        "a fox",
+        "-m",
+        "sana-1.6b-1024",
+        "--size",
+        "1000x500",
+        "--dtype",
+        "bfloat16",
+        "-o",
+        "new/",
+        "--max-vram",
+        "64GB",
+    )
     told = document(sana, *words, "--seed", "3-6", "--batch-size", "2")
     assert told["settings"]["steps"] == 20
     assert told["drawn"] == {"width": 1408, "height": 704}

@@ -59,7 +59,7 @@ def test_a_picture_its_path_and_its_settings(draw: Sana) -> None:
     assert said.code == 0
     assert said.out == "a-red-fox-7.png\n"
     assert "seed 7 · 256x256 · 2 steps · cpu · " in said.err
-    assert " 50 % · step 1/2" in said.err
+    assert "%" not in said.err, "half a second needs no lines of progress"
     request = read_metadata("a-red-fox-7.png").request()
     assert (request.prompt, request.seed, request.steps, request.guidance) == ("a Red fox", 7, 2, 3.0)
     with Image.open("a-red-fox-7.png") as image:
@@ -303,11 +303,12 @@ def test_the_flags_are_the_fields_of_the_request(sana: Sana) -> None:
 
     from sana import Request
 
-    said = sana("generate", "--help")
+    said = sana("edit", "--help")
     text = " ".join(said.out.split())
     assert said.code == 0
+    called = {"controls": "control", "loras": "lora", "pag_scale": "pag"}
     for one in dataclasses.fields(Request):
-        assert one.name == "prompt" or f"--{one.name.replace('_', '-')}" in text
+        assert one.name == "prompt" or f"--{called.get(one.name, one.name).replace('_', '-')}" in text
     assert "Number of denoising steps; more steps take longer" in text
 
 

@@ -53,7 +53,10 @@ def test_version(sana: Sana) -> None:
     assert sana("--version").out == f"sana {package.__version__}\n"
 
 
-@pytest.mark.parametrize(("word", "verb"), [("trian", "train"), ("modls", "models"), ("generat", "generate")])
+@pytest.mark.parametrize(
+    ("word", "verb"),
+    [("trian", "train"), ("edti", "edit"), ("lroa", "lora"), ("modls", "models"), ("generat", "generate")],
+)
 def test_a_mistyped_verb_is_not_drawn(sana: Sana, word: str, verb: str) -> None:
     said = sana(word, "x")
     assert said.code == 2
@@ -103,7 +106,14 @@ def test_paths_on_an_ascii_stdout_keep_their_bytes() -> None:
     assert json.loads(done.stdout) == {"a": "猫"}
 
 
-def test_progress_is_a_line_at_every_tenth_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_a_line_at_every_tenth_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Terminal().count(40) as progress:
+        for i in range(40):
+            progress.advance(f"step {i + 1}")
+    assert capsys.readouterr().err == "", "what takes no time needs no lines"
+    monkeypatch.setattr("sana.apps.cli.output.SHORTEST_SILENCE", 0.0)
     with Terminal().count(40) as progress:
         for i in range(40):
             progress.advance(f"step {i + 1}")

@@ -76,7 +76,7 @@ def test_taken_names_are_refused_unless_forced(tmp_path: Path) -> None:
         check_files([tmp_path / "free.png", taken], force=False)
     with pytest.raises(InvalidInput, match="is a folder"):
         check_files([folder], force=True)
-    with pytest.raises(InvalidInput, match="cannot be made"):
+    with pytest.raises(InvalidInput, match="is there, but is no folder"):
         check_files([taken / "a.png"], force=False)
 
 

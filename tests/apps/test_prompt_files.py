@@ -70,7 +70,7 @@ def test_records_with_settings() -> None:
         ("p.jsonl", "3", "p.jsonl, line 1: an entry is a text or an object with a `prompt`, not 3."),
         ("p.jsonl", '{"steps": 3}', "p.jsonl, line 1: there is no `prompt`. Add one."),
         ("p.jsonl", '\n{"prompt": "a", "stesp": 3}', "line 2: there is no field 'stesp'. Did you mean 'steps'?"),
-        ("p.jsonl", '{"prompt": "a", "model": "nano"}', "there is no field 'model'. Known: prompt, size,"),
+        ("p.jsonl", '{"prompt": "a", "model": "nano"}', "there is no field 'model'. Known: prompt, name, size,"),
         ("p.jsonl", '{"prompt": "a", "steps": "3"}', "p.jsonl, line 1: steps takes a whole number, not '3'."),
         ("p.jsonl", '{"prompt": ["a"]}', "p.jsonl, line 1: prompt takes text in quotes, not ['a']."),
         ("p.json", '{"prompt": "a"}', "p.json must hold a list of prompts"),
@@ -190,4 +190,3 @@ def test_several_prompts_are_drawn_and_reported(draw: Sana) -> None:
         ("a cat", 2, [9]),
     ]
     assert read_metadata("a-cat-9.png").request().steps == 2
-    assert "picture 3/3" in said.err

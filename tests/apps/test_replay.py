@@ -98,7 +98,10 @@ def test_changed_pixels_are_counted(sana: Sana, fox: Path) -> None:
     assert os.listdir() == ["fox.png"]
 
 
-def test_what_is_not_as_it_was_is_told_first_and_named_at_the_end(sana: Sana, fox: Path) -> None:
+def test_what_is_not_as_it_was_is_told_first_and_named_at_the_end(
+    sana: Sana, fox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sana.apps.cli.output.SHORTEST_SILENCE", 0.0)
     said = sana("replay", "fox.png", "--dtype", "bfloat16")
     assert said.code == 1
     table, progress = said.err.split("50 %")[0], said.err.index("50 %")

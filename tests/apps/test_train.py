@@ -86,7 +86,10 @@ def write(name: str, text: str = RECIPE) -> str:
     return name
 
 
-def test_recipes_run_one_after_the_other_and_are_exported(sana: Sana, trainers: list[FakeTrainer]) -> None:
+def test_recipes_run_one_after_the_other_and_are_exported(
+    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sana.apps.cli.output.SHORTEST_SILENCE", 0.0)
     first, second = write("recipes/toy/1-a.toml"), write("recipes/toy/2-b.toml")
     said = sana("train", first, second)
     assert said.code == 0
@@ -212,7 +215,10 @@ def test_a_real_recipe_end_to_end(sana: Sana) -> None:
     assert "held out:" in said.err
 
 
-def test_evaluate_prints_the_table_and_writes_the_report(sana: Sana, tiny_folder: Path) -> None:
+def test_evaluate_prints_the_table_and_writes_the_report(
+    sana: Sana, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sana.apps.cli.output.SHORTEST_SILENCE", 0.0)
     measure = ("evaluate", "autoencoder", "-m", str(tiny_folder), "--scenes", "4", "--batch-size", "2")
     said = sana(*measure, "-o", "a.json", "--sheet", "a.png")
     assert said.code == 0, said.err

@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str) -> None:
         if found := self.files(repo, revision):
-            siblings = [{"rfilename": name} for name in found[1]]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in found[1].items()]
             self.reply_json({"id": repo, "modelId": repo, "sha": found[0], "siblings": siblings, "tags": []})
 
     def tree(self, repo: str, revision: str) -> None:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import parts, same
 
 from sana.checkpoints import folder as module
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import load_parts, save_parts
 from sana.checkpoints.hub import locate
 from sana.checkpoints.layout import sole_variant
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.schedulers import DPMSolverMultistepScheduler, SCMScheduler
 from sana.checkpoints.text_parts import no_progress_bars
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound

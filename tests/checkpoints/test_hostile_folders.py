@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tiny_pipeline import AUTOENCODER, FILE, INDEX, TRANSFORMER, autoencoder, load, parts, same, transformer
 
 from sana.checkpoints import text_parts
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.bounds import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, check_config, shown
 from sana.checkpoints.folder import load_parts, save_parts
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, SanaError
 
 

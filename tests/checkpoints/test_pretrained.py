@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_pipeline import AUTOENCODER, FILE, INDEX, TRANSFORMER, autoencoder, load, same, stir, transformer
 
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.config import TransformerConfig
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 from sana.memory import tiling

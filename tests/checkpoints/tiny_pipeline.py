@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.schedulers import DPMSolverMultistepScheduler
 
 FILE = "diffusion_pytorch_model.safetensors"

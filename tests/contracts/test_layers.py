@@ -29,6 +29,9 @@ TORCH_FREE = {
     "cards.py",
     "engine/__init__.py",
     "engine/request.py",
+    "engine/attachments.py",
+    "engine/pictures.py",
+    "engine/values.py",
     "engine/metadata/__init__.py",
     *(
         f"engine/metadata/{name}.py"

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from sana import SanaPipeline
 from sana.cards import CARDS
-from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.generate import generate_images
 from sana.engine.parts import Parts, load
 from sana.engine.request import Request

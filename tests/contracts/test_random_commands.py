@@ -19,15 +19,16 @@ from sana import Parts
 from sana.apps.cli import VERBS, main
 from sana.apps.cli.arguments import COMMON, options_of
 from sana.apps.cli.machine import MACHINE
-from sana.apps.cli.options import GROUPS
+from sana.apps.cli.options import EVERYTHING
+from sana.apps.cli.verbs import models
 from sana.errors import ModelNotFound
 
 DOCUMENTED = {0, 1, 2, 3, 4, 6, 130}
-LINES = 1500
-DRAWN = 80
+LINES = 1800
+DRAWN = 120
 LIMIT = 10.0
 """Seconds of CPU that a line may take."""
-FLAGS = sorted("--" + name.replace("_", "-") for name in options_of((*GROUPS, MACHINE, COMMON)))
+FLAGS = sorted("--" + name.replace("_", "-") for name in options_of((*EVERYTHING, *models.GROUPS, MACHINE, COMMON)))
 OTHER_FLAGS = (
     *(
         "-h",
@@ -43,8 +44,8 @@ OTHER_FLAGS = (
         "--cfg",
         "--n",
         "--eta",
-        "--lora",
-        "--image",
+        "-y",
+        "--pag-scale",
         "--",
         "-",
     ),
@@ -160,9 +161,34 @@ VALUES = (
         "$(id)",
         "';--",
     ),
+    *(
+        "canny",
+        "canny fox.png",
+        "map fox.png 0.5@0-0.5",
+        "depth none.png nan",
+        "soft-edge 'fox.png",
+        "a.safetensors 0.7",
+        "x.safetensors",
+        "right=3",
+        "1,2,3,4",
+        "left=9,left=9",
+        "1/3",
+        "3/1",
+        "strength=0.5,1",
+        "pag=0-3",
+        "transformer_blocks.1",
+        "hf://a/b/c.pth",
+        "hf://",
+        "pull",
+        "verify",
+        "rm",
+        "merge",
+        "convert",
+    ),
 )
 SLOW = {"--count", "--batch-size", "--seed", "--steps", "--sweep", "--size", "--width", "--height", "--prompt-file"}
 """Flags whose sensible values may order hundreds of pictures."""
+SEVERAL = ("--control", "--lora", "--pag", "--mask", "--image", "--outpaint")
 FILES = (
     "fox.png",
     "foreign.png",
@@ -175,6 +201,7 @@ FILES = (
     "a.json",
     "a.toml",
     "bad.toml",
+    "a.safetensors",
     "folder",
     "link.png",
     "none.png",
@@ -221,9 +248,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("a.jsonl").write_text('{"prompt": "a fox", "steps": 1}\n{"prompt"\n')
     Path("a.json").write_text('[{"prompt": "a fox"}]')
     Path("a.toml").write_text("steps = 2\n")
+    Path("a.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
     Path("bad.toml").write_text("steps = [[\n\x00")
     Path("folder").mkdir()
     monkeypatch.setattr("subprocess.Popen", refuse)
+    monkeypatch.setattr("sana.apps.cli.cache.folder", lambda: tmp_path / "hub")  # one of the verbs removes models
+    Path("hub/models--a--b/blobs").mkdir(parents=True)
     probes = ("torch", "transformers", "drawing", "torchvision", "hub")
     monkeypatch.setattr("sana.apps.cli.verbs.doctor.ask", lambda: {name: {"error": "not tried"} for name in probes})
     monkeypatch.setattr("sys.stdin", None)
@@ -239,8 +269,10 @@ def line(rng: random.Random) -> list[str]:
     words = [rng.choice([*VERBS, "generate"])] if rng.random() < 0.7 else []
     for _ in range(rng.randrange(6)):
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.3:
             words += [rng.choice(FLAGS), rng.choice(VALUES)]
+        elif kind < 0.35:
+            words += [rng.choice(SEVERAL), *rng.choices((*VALUES, *FILES), k=rng.randrange(4))]
         elif kind < 0.45:
             words += [f"{rng.choice(FLAGS)}={rng.choice(VALUES)}"]
         elif kind < 0.65:
@@ -307,6 +339,12 @@ def drawable(rng: random.Random, i: int) -> list[str]:
     words += rng.choice(
         [[], ["--json"], ["--events"], ["-q"], ["-v"], ["--metadata", rng.choice(["none", "label", "x"])]]
     )
+    words += rng.choice([*[[]] * 6, ["--pag"], ["--lora", "a.safetensors"], ["--control", "canny", "fox.png", "0.5"]])
+    if rng.random() < 0.3:
+        words = ["edit", rng.choice(["fox.png", "fox.png", "fox.png", "broken.png", "none.png"]), *words]
+        words += rng.choice(
+            [[], ["--strength", rng.choice(["0.5", "1", "2"])], ["--mask", "fox.png"], ["--outpaint", "8"]]
+        )
     words += rng.choice([[], [], [], [rng.choice([flag for flag in FLAGS if flag not in SLOW]), rng.choice(VALUES)]])
     return words
 

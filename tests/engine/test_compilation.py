@@ -5,17 +5,20 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sana import Request, generate_images
+from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.engine import compilation
 from sana.engine.compilation import CACHE_VARIABLE, compile_modules, is_compiled, require_compiler, set_cache
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, Predictor
+from sana.engine.predictor import Captions, Control, Predictor
 from sana.errors import MissingDependency
+from tiny_model import tiny_transformer
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,48 @@ def test_one_graph_serves_all_blocks_and_short_texts(tiny_parts: Parts) -> None:
         assert torch.allclose(predicted(parts, length), predicted(tiny_parts, length), atol=1e-5)
     assert len(parts.transformer.transformer_blocks) > 1
     assert len(graphs) == 1
+
+
+def test_perturbed_rows_and_control_networks_make_few_more_graphs(tiny_parts: Parts) -> None:
+    parts = copy.deepcopy(tiny_parts)
+    parts.transformer = plain = tiny_transformer(num_layers=5)
+    compiled = copy.deepcopy(plain)
+    network = SanaControlNetModel.from_transformer(plain, num_layers=2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled_network = copy.deepcopy(network)
+    for block in (*compiled.transformer_blocks, *compiled_network.transformer_blocks):
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+    x = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+
+    def step(transformer: Any, network: Any, length: int) -> Tensor:
+        control = Control(network=network, latents=x, scale=0.7)
+        given = {"perturbed_layers": (2,), "controls": [control]}
+        with torch.no_grad():
+            predict = Predictor(transformer, torch.tensor([500]), captions(length), **given)
+            return predict(x, 0, guided=True, perturbed=True)
+
+    for length in (3, 20):
+        assert torch.allclose(step(compiled, compiled_network, length), step(plain, network, length), atol=1e-5)
+    assert len(graphs) == 3, "before, at and behind the perturbed block; the control network shares the first"
+
+
+def test_a_control_network_is_compiled_with_the_rest(tiny_parts: Parts, tmp_path: Path) -> None:
+    parts = copy.deepcopy(tiny_parts)
+    network = SanaControlNetModel.from_transformer(parts.transformer, num_layers=1)
+    for given in (network, [network]):
+        parts.controlnet = copy.deepcopy(given)
+        assert not is_compiled(network)
+        parts.compile(tmp_path / "cache")
+        one = parts.controlnet[0] if isinstance(parts.controlnet, list) else parts.controlnet
+        assert is_compiled(one)
 
 
 def test_names_and_copies_stay(tiny_parts: Parts, tmp_path: Path) -> None:

@@ -83,11 +83,17 @@ def test_weights_are_those_of_the_files() -> None:
 
 
 def test_seconds_and_memory_are_sums() -> None:
-    stage = Stage(name="a", dtype="float32", flops=9e9, traffic=2e9, ops=100, weights=5, live=7.0, times=3)
+    stage = Stage(name="a", dtype="float32", flops=9e9, traffic=2e9, ops=100, weights=5, live=7.0, times=3, part="a")
     rates = Rates(flops={"float32": 1e10}, traffic=1e9, ops=1e3)
     assert seconds(stage, rates) == pytest.approx(3 * (1.0 + 2.0 + 0.1))
-    other = dataclasses.replace(stage, weights=50, live=70.0)
-    assert memory([stage, other]) == PROCESS + 55 + 70
+    other = dataclasses.replace(stage, weights=50, live=70.0, part="b", streamed=20)
+    again = dataclasses.replace(other, live=60.0)
+    assert memory([stage, other, again]) == PROCESS + 55 + 70
+    assert memory([stage, other, again], "low") == PROCESS + 120
+    assert memory([stage, other, again], "lowest") == PROCESS + 90
+    assert memory([dataclasses.replace(other, device_only=True)]) == 120
+    assert seconds(stage, rates, "low", 1.0) == pytest.approx(9.3 + 5)
+    assert seconds(dataclasses.replace(other, ops=0), rates, "lowest", 10.0) == pytest.approx(3 * 5.0)
 
 
 def test_rates_are_measured_in_a_moment() -> None:

@@ -7,11 +7,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from sana.cards import CARDS
+from sana.engine.canvas import Canvas, Kept
 from sana.engine.latents import MAX_BYTES, RECORD_KEY, Finished, load_latents, save_latents
 from sana.engine.request import Request
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, SanaError
@@ -49,6 +52,65 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert torch.equal(again.latents, finished().latents)
     assert (again.settings, list(again.seeds), again.model) == (SETTINGS, [4, 5], MODEL)
     assert os.listdir(tmp_path) == [path.name]
+
+
+def edited(**changes: Any) -> Finished:
+    """Latents of 96 x 64 pixels whose result has 50 x 70, with a part of a user's picture."""
+    rng = np.random.default_rng(0)
+    settings = SETTINGS.replace(width=50, height=70, binning=True)
+    kept = Kept(
+        picture=Image.fromarray(rng.integers(0, 256, (70, 50, 3), dtype=np.uint8)),
+        share=(rng.random((70, 50)) * (rng.random((70, 50)) > 0.5)).astype(np.float32),
+    )
+    canvas = Canvas(height=70, width=50, drawn=(96, 64), resized=False)
+    values = {"latents": finished().latents, "settings": settings, "seeds": [4, 5], "model": MODEL}
+    return Finished(**{**values, "canvas": canvas, "kept": kept, **changes})
+
+
+def test_what_an_edit_keeps_goes_into_the_file(tmp_path: Path) -> None:
+    before = edited()
+    again = load_latents(save_latents(tmp_path / "a.safetensors", before))
+    assert again.canvas == before.canvas
+    images = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    one, other = ([np.asarray(picture) for picture in f.pictures(images)] for f in (before, again))
+    assert np.array_equal(one, other)
+    assert before.kept is not None
+    outside = before.kept.share == 0
+    assert np.array_equal(one[0][outside], np.asarray(before.kept.picture)[outside])
+    with pytest.raises(CheckpointError, match="not of the size"):
+        again.pictures(images[..., :32])
+    assert len(finished().pictures(images)) == 2
+
+
+@pytest.mark.parametrize(
+    "canvas",
+    [None, [], {}, {"drawn": [96, 64]}, {"drawn": [96], "resized": True}, {"drawn": [0, 9], "resized": True},
+     {"drawn": [True, 64], "resized": True}, {"drawn": [96, 64], "resized": 1}, {"drawn": [9, 9], "resized": False}],
+)  # fmt: skip
+def test_an_impossible_canvas_is_refused(canvas: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="its canvas"):
+        load_latents(forged(tmp_path / "a.safetensors", canvas=canvas))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"share": torch.zeros(70, 50)},
+        {"picture": torch.zeros(70, 50, 3, dtype=torch.uint8)},
+        {"picture": torch.zeros(1, 1, 3, dtype=torch.uint8), "share": torch.zeros(1, 1)},
+        {
+            "picture": torch.zeros(SETTINGS.height, SETTINGS.width, 3),
+            "share": torch.zeros(SETTINGS.height, SETTINGS.width),
+        },
+        {
+            "picture": torch.zeros(SETTINGS.height, SETTINGS.width, 3, dtype=torch.uint8),
+            "share": torch.full((SETTINGS.height, SETTINGS.width), float("nan")),
+        },
+    ],
+)
+def test_a_picture_that_does_not_fit_is_refused(bad: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="decoded"):
+        load_latents(forged(tmp_path / "a.safetensors", {"latents": finished().latents, **bad}))
 
 
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_at_every_call_of_the_text_encoder_the_next_prompt_is_exact(parts: Parts
 def test_pictures_that_do_not_fit_are_made_one_by_one(
     parts: Parts, stage: str, form: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sana.engine.generate as module
+    import sana.engine.latents as module
 
     expected = pixels(generate_images(parts, TWO))
     whole = getattr(module, stage)

@@ -10,7 +10,8 @@ import torch
 from sana.cards import CARDS
 from sana.checkpoints.hub import Located
 from sana.engine import parts as module
-from sana.engine.parts import Parts, fitting, load, pick_device, recommended_dtypes
+from sana.engine.parts import Parts, fitting, load, recommended_dtypes
+from sana.engine.placement import pick_device
 from sana.errors import InvalidInput
 from tiny_model import tiny_transformer
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sana.errors import InvalidInput
+from sana.flow.path import sigma_from_angle
 from sana.flow.schedules import (
     Grid,
     custom_grid,
@@ -14,6 +15,7 @@ from sana.flow.schedules import (
     scm_angles,
     scm_grid,
     shift_sigma,
+    tail_levels,
 )
 
 
@@ -175,6 +177,32 @@ def test_grid_checks_what_it_is_given() -> None:
             Grid(**{"sigmas": sigmas, "timesteps": timesteps, **bad})
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_a_tail_within_the_first_step_starts_between_its_ends(steps: int) -> None:
+    """Where the reference would start from pure noise, the start moves evenly from the second level to the first."""
+    angles = scm_angles(steps)
+    for strength in (1 - 0.9 / steps, 1 - 0.5 / steps, 1 - 1e-3 / steps):
+        share = steps * (1 - strength)
+        start = (1 - share) * angles[0] + share * angles[1]
+        skipped, left = tail_levels(angles, strength)
+        assert skipped == 0
+        assert left[1:].tolist() == angles[1:].tolist()
+        assert left[0].item() == pytest.approx(start.item(), abs=1e-6)
+        tail = scm_grid(steps).tail(strength)
+        assert tail.num_steps == steps
+        assert tail.sigmas[0].item() == pytest.approx(sigma_from_angle(start).item(), abs=1e-6)
+        assert torch.equal(tail.timesteps, tail.sigmas[:-1])
+        for make in (flow_dpm_grid, flow_euler_grid):
+            grid = make(steps, 3.0)
+            tail = grid.tail(strength)
+            level = (1 - share) * grid.sigmas[0] + share * grid.sigmas[1]
+            assert tail.sigmas[0].item() == pytest.approx(level.item(), abs=1e-6)
+            assert tail.sigmas[1:].tolist() == grid.sigmas[1:].tolist()
+            assert -1e-3 < 1000 * tail.sigmas[0].item() - tail.timesteps[0].item() < 1
+    assert scm_grid(steps).tail(1.0).sigmas.tolist() == scm_grid(steps).sigmas.tolist()
+    assert angles.tolist() == scm_angles(steps).tolist()
+
+
 def test_tail_is_the_documented_image_to_image_rule() -> None:
     grid = flow_dpm_grid(20, 3.0)
     assert grid.tail(1.0).timesteps.tolist() == grid.timesteps.tolist()
@@ -182,6 +210,7 @@ def test_tail_is_the_documented_image_to_image_rule() -> None:
     assert grid.tail(0.6).sigmas.tolist() == grid.sigmas.tolist()[8:]
     assert scm_grid(2).tail(0.6).num_steps == 2
     assert scm_grid(2).tail(0.5).num_steps == 1
+    assert scm_grid(2, 1.0, 0.5).tail(0.9).sigmas.tolist() == scm_grid(2, 1.0, 0.5).sigmas.tolist(), "no pure noise"
     with pytest.raises(InvalidInput, match=r"strength parameter: 0\.0, no step is left"):
         grid.tail(0.0)
     with pytest.raises(InvalidInput, match=r"The value of strength should in \[0.0, 1.0\] but is 1.2"):

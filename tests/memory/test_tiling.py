@@ -109,6 +109,22 @@ def test_tiles_of_a_local_autoencoder_equal_the_whole(sizes: tuple[int, int, int
     torch.testing.assert_close(tiling.decode(local, latent, tiles_of(sizes)), local._decode(latent))
 
 
+def test_a_stride_between_the_ratios_is_wrong_in_the_reference_and_right_here(
+    pair: tuple[DCAutoencoder, Any],
+) -> None:
+    """The reference keeps as many pixels of each tile as asked for, not as there are between two tiles."""
+    model, reference = pair
+    sizes = (32, 32, 27, 27)
+    reference.enable_tiling(*sizes)
+    latent = torch.randn(1, 8, 20, 18)
+    with torch.no_grad():
+        theirs, ours = reference.decode(latent)[0], tiling.decode(model, latent, tiles_of(sizes))
+        exact = tiling.decode(model, latent, tiles_of((32, 32, 24, 24)))
+    assert ours.shape == (1, 3, 80, 72)
+    assert theirs.shape != ours.shape
+    assert_close(ours, exact)
+
+
 def test_pictures_within_a_tile_are_not_tiled() -> None:
     local, tiles = Local(), tiles_of((32, 48, 24, 40))
     tiling.encode(local, torch.zeros(1, 3, 32, 48), tiles)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sana.config import AutoencoderConfig
 from sana.errors import InvalidInput
-from sana.models import dc_ae
-from sana.models.dc_ae import DCAutoencoder, DownBlock, UpBlock
+from sana.models import dc_ae_blocks
+from sana.models.dc_ae import DCAutoencoder
+from sana.models.dc_ae_blocks import DownBlock, UpBlock
 from sana.models.outputs import DecoderOutput, EncoderOutput
 from sana.nn.head_attention import attend_by_heads, linear_attention, quadratic_attention
 
@@ -129,8 +130,10 @@ def test_the_branch_depends_on_the_number_of_positions(
     """Eight positions and a head width of eight is the last quadratic case."""
     used: list[str] = []
     for branch in ("linear_attention", "quadratic_attention"):
-        real = getattr(dc_ae, branch)
-        monkeypatch.setattr(dc_ae, branch, lambda *args, real=real, branch=branch: used.append(branch) or real(*args))
+        real = getattr(dc_ae_blocks, branch)
+        monkeypatch.setattr(
+            dc_ae_blocks, branch, lambda *args, real=real, branch=branch: used.append(branch) or real(*args)
+        )
     make().decode(torch.randn(1, 4, *shape))
     assert used == [name]
 

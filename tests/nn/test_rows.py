@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import AutoencoderConfig
-from sana.models.dc_ae import Decoder, ResBlock, UpBlock
+from sana.models.dc_ae import Decoder
+from sana.models.dc_ae_blocks import ResBlock, UpBlock
 from sana.nn import rows
 from sana.nn.norms import ChannelRMSNorm
 from sana.nn.rows import ConvRows, Link, NormRows, Window, local, send
@@ -210,8 +211,8 @@ def test_small_pictures_are_computed_whole(runs: list[int], monkeypatch: pytest.
 def test_a_chain_ends_where_a_picture_does() -> None:
     conv, norm = nn.Conv2d(3, 2, 3, padding=1), ChannelRMSNorm(2, 1e-5, bias=True)
     x = torch.randn(4, 5, 3)
-    links = [Link(lambda width, following: ConvRows(conv, width, following))]
-    links.append(Link(lambda width, following: NormRows(norm, F.relu, False, width, following)))
+    links = [Link(lambda width, following: ConvRows(conv, width, following), 2)]
+    links.append(Link(lambda width, following: NormRows(norm, F.relu, False, width, following), 2))
     out = torch.empty(4, 5, 2)
     with torch.no_grad():
         send(x, links, out)
@@ -236,7 +237,7 @@ def test_a_window_keeps_two_rows() -> None:
 @pytest.mark.parametrize("interpolate", [True, False])
 def test_doubling_with_its_shortcut(channels: tuple[int, int], interpolate: bool) -> None:
     block = UpBlock(*channels, interpolate)
-    link = block.rows(torch.float32)
+    link = block.link(torch.float32)
     x, out = torch.randn(3, 5, channels[0]), torch.empty(6, 10, channels[1])
     assert link is not None
     with torch.no_grad():
@@ -261,5 +262,5 @@ def test_compiled_norms_give_the_same_picture(dtype: torch.dtype, runs: list[int
 
 
 def test_blocks_of_another_dtype_do_not_join() -> None:
-    assert ResBlock(4).rows(torch.bfloat16) is None
-    assert UpBlock(4, 4, interpolate=True).rows(torch.bfloat16) is None
+    assert ResBlock(4).parts(torch.bfloat16) is None
+    assert UpBlock(4, 4, interpolate=True).parts(torch.bfloat16) is None

@@ -438,7 +438,7 @@ def test_a_finished_latent_survives_a_decoder_without_memory(pipe: SanaPipeline)
         raise torch.OutOfMemoryError("no memory")
 
     starved.vae._decode = fail
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(OutOfMemory) as caught, pytest.warns(UserWarning, match="Memory ran out while decoding"):
         starved("a fox", generator=seeded(), **SMALL)
     assert torch.equal(caught.value.latents, latents(pipe))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import load_parts
-from sana.checkpoints.pretrained import AutoencoderDC
 from sana.data import cutouts
 from sana.data.cutout_captions import caption
 from sana.data.cutout_shapes import KINDS

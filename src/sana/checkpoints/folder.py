@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.bounds import shown
+from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, find_weights, index_parts, part_of, part_variants
 from sana.checkpoints.pretrained import (
-    AutoencoderDC,
     PretrainedMixin,
     SanaTransformer2DModel,
     as_dtype,
@@ -31,6 +32,8 @@ from sana.checkpoints.text_parts import (
 from sana.checkpoints.weights import MAX_SHARD_SIZE, inspect, outdated, stored_dtype
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 from sana.flow.scheduler_base import Face
+from sana.memory.quantize import entry
+from sana.memory.quantize_configs import for_parts
 
 DtypeChoice = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 """A dtype, its name, "auto" (as stored), or a mapping from part names and "default" to these.
@@ -39,6 +42,8 @@ None means float32, and for the text encoder as stored, as in the reference, but
 """
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+OPTIONAL = ("controlnet",)
+"""Parts that a model may have besides."""
 NO_FLOAT16 = ("text_encoder", "vae")
 """The parts whose activations overflow in float16."""
 _log = logging.getLogger(__name__)
@@ -51,20 +56,23 @@ def load_parts(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     only: Collection[str] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Mapping[str, torch.device | str] = "cpu",
+    quantization_config: Any = None,
     **components: Any,
 ) -> dict[str, Any]:
     """Load the parts that `model_index.json` lists, as part name -> object; models come in evaluation mode.
 
     `components` are taken as they are instead of being loaded, None included. `only` names the parts to load; the
-    others are None. A part without the wanted variant is loaded from its plain files if another part has the variant.
+    others are None. `device` may be a mapping from part names; to "meta" no weights are read yet. `quantization_config`
+    is one for transformer and text encoder, or a mapping from part names. A part without the wanted variant is loaded
+    from its plain files if another part has the variant.
     Errors: ModelNotFound (an OSError) and CheckpointError (a ValueError) naming what is missing or wrong; InvalidInput
     for unknown part names and dtypes.
     """
     root = Path(folder)
     recover(root)
     listed = index_parts(root)
-    known = tuple(dict.fromkeys((*COMPONENTS, *listed)))
+    known = tuple(dict.fromkeys((*COMPONENTS, *listed, *(name for name in OPTIONAL if name in components))))
     reject_unknown("from_pretrained", [name for name in components if name not in known], known)
     for name in only or ():
         if name not in known:
@@ -84,7 +92,12 @@ def load_parts(
     # Absent files show before any is read, those of our own models first: callers know the wording of that message.
     for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
         find_weights(root / name, part_of(name), variants[name], use_safetensors)
-    dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors, device)
+    places = {name: device.get(name, "cpu") if isinstance(device, Mapping) else device for name in classes}
+    quantized = for_parts(quantization_config)
+    for name in quantized:
+        if name not in classes and isinstance(quantization_config, Mapping):
+            raise InvalidInput(f"quantization_config names {name}, which is not loaded here. Leave it out.")
+    dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors, places)
     parts: dict[str, Any] = {name: components.get(name) for name in known}
     for name, class_name in classes.items():
         part_folder, part_variant = inside(root, name), variants.get(name)
@@ -93,7 +106,8 @@ def load_parts(
         elif class_name in SCHEDULERS:
             parts[name] = SCHEDULERS[class_name].from_folder(part_folder)
         else:
-            parts[name] = _load_weighted(part_folder, class_name, dtypes[name], part_variant, use_safetensors, device)
+            more: dict[str, Any] = {"device": places[name], "quantization": quantized.get(name)}
+            parts[name] = _load_weighted(part_folder, class_name, dtypes[name], part_variant, use_safetensors, **more)
         _log.info("loaded %s as %s from %s", name, class_name, part_folder)
     if {"tokenizer", "text_encoder"} <= classes.keys():
         check_vocabulary(parts["tokenizer"], parts["text_encoder"], root / "tokenizer")
@@ -106,14 +120,15 @@ def _load_weighted(
     dtype: torch.dtype,
     variant: str | None,
     use_safetensors: bool | None,
+    *,
     device: torch.device | str,
+    quantization: Any,
 ) -> Any:
+    files: dict[str, Any] = {"variant": variant, "use_safetensors": use_safetensors}
     if class_name in TEXT_ENCODERS:
-        return load_text_encoder(
-            folder, class_name, dtype=dtype, variant=variant, use_safetensors=use_safetensors, device=device
-        )
+        return load_text_encoder(folder, class_name, dtype=dtype, device=device, quantization=quantization, **files)
     return MODELS[class_name].from_pretrained(
-        folder, torch_dtype=dtype, variant=variant, use_safetensors=use_safetensors, device_map=device
+        folder, torch_dtype=dtype, device_map=device, quantization_config=quantization, **files
     )
 
 
@@ -123,7 +138,7 @@ def part_dtypes(
     variants: Mapping[str, str | None],
     known: Iterable[str],
     use_safetensors: bool | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Mapping[str, torch.device | str] = "cpu",
 ) -> dict[str, torch.dtype]:
     """Choose the dtype of each part in `variants`.
 
@@ -146,7 +161,8 @@ def part_dtypes(
             chosen[name] = as_dtype(wanted) or torch.float32
         if chosen[name] != torch.float16 or name not in NO_FLOAT16 or name in named:
             continue
-        if wanted is None and torch.device(device).type == "cpu":
+        place = device[name] if isinstance(device, Mapping) else device
+        if wanted is None and torch.device(place).type in ("cpu", "meta"):
             chosen[name] = torch.float32
         else:
             chosen[name] = torch.bfloat16
@@ -177,6 +193,8 @@ def save_parts(
     root = Path(folder)
     whole = {name: _savable(part) for name, part in parts.items()}
     entries = {name: _index_entry(name, part) for name, part in whole.items()}
+    for part in whole.values():
+        entry(part)  # what cannot be saved is refused before a file is made
     options = {"variant": variant, "max_shard_size": max_shard_size or MAX_SHARD_SIZE}
     leftovers: list[Leftovers] = []
     with saving(root, leftovers) as stage:
@@ -231,15 +249,17 @@ def _index_entry(name: str, part: Any) -> list[str | None]:
     return [library, class_name]
 
 
-MODELS: dict[str, type[SanaTransformer2DModel] | type[AutoencoderDC]] = {
+MODELS: dict[str, type[SanaTransformer2DModel] | type[AutoencoderDC] | type[SanaControlNetModel]] = {
     "SanaTransformer2DModel": SanaTransformer2DModel,
     "AutoencoderDC": AutoencoderDC,
+    "SanaControlNetModel": SanaControlNetModel,
 }
 SLOTS: dict[str, tuple[str, ...]] = {
     "tokenizer": TOKENIZERS,
     "text_encoder": TEXT_ENCODERS,
     "vae": ("AutoencoderDC",),
     "transformer": ("SanaTransformer2DModel",),
+    "controlnet": ("SanaControlNetModel",),
     "scheduler": tuple(SCHEDULERS),
 }
 """The classes that a part of that name may have."""

@@ -1,30 +1,26 @@
-"""From a name to a local folder: an existing folder, a card's short name, the built-in model or a hub repository.
+"""From a name to a local folder or file: a path, a card's short name, the built-in model, or something on the hub.
 
 Local first: when the cached snapshot of the wanted revision has all the files that are needed, no request is made.
 Otherwise exactly the needed files are fetched with `huggingface_hub`, which resumes, locks and caches.
 """
 
 import importlib.resources
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sana.cards import CARDS, Card
 from sana.checkpoints.digests import hub_digest, verify
+from sana.checkpoints.hub_errors import folder_hint, not_served
 from sana.checkpoints.layout import MODEL_INDEX, missing_files, part_of, read_json, wanted_files
+from sana.checkpoints.references import Reference, card_of_file, is_reference, parse_reference
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, did_you_mean
 
 REQUEST_TIMEOUT = 10.0
@@ -45,7 +41,11 @@ class Located:
     card: Card | None = None
     """The card whose short name or hub id was given."""
     commit: str | None = None
-    """Commit of a folder that came from the hub."""
+    """Commit of a folder or file that came from the hub."""
+    file: Path | None = None
+    """The one file that was named instead of a folder, an original checkpoint; `folder` is where it lies."""
+    name: str | None = None
+    """What the file is called at its source, which tells its card: `hf://organisation/repository/path`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class _Wanted:
 
     repo: str
     parts: tuple[str, ...] | None
+    optional: tuple[str, ...] = ()
     variant: str | None
     use_safetensors: bool | None
     revision: str | None
@@ -70,6 +71,7 @@ def locate(
     name: str | Path,
     *,
     parts: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
     variant: str | None = None,
     use_safetensors: bool | None = None,
     revision: str | None = None,
@@ -78,14 +80,23 @@ def locate(
     force_download: bool = False,
     token: str | bool | None = None,
     endpoint: str | None = None,
+    single: bool = False,
 ) -> Located:
     """Find a model by folder, short name or hub id, downloading only what is missing.
 
-    `parts` are the subfolders that will be loaded (None: all, `("",)`: a model saved alone). `revision` is a branch, a
-    tag or a commit; `endpoint` replaces the public hub.
+    `parts` are the subfolders that will be loaded (None: all, `("",)`: a model saved alone), and those of `optional`
+    that the model has. `revision` is a branch, a
+    tag or a commit; `endpoint` replaces the public hub. With `single` a file will do too: its path, a reference such
+    as `hf://organisation/repository/path`, or the short name of a model that is published so.
     Errors: ModelNotFound when the name is unknown or its files can be had neither here nor from the hub;
-    CheckpointError when the repository has no such variant or a download is damaged; InvalidInput for a file's path.
+    CheckpointError when the repository has no such variant or a download is damaged; InvalidInput for a file's path
+    without `single`.
     """
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "endpoint": endpoint}
+    options |= {"revision": revision, "force": force_download}
+    options["offline"] = local_files_only or constants.HF_HUB_OFFLINE
+    if isinstance(name, str) and is_reference(name):
+        return _referred(name, single, options)
     path = Path(name).expanduser()
     if not str(name).strip():  # as a path it would be the working folder
         raise _unknown(name)
@@ -95,13 +106,18 @@ def locate(
         return Located(folder=_built_in(card), variant=variant or card.variant, card=card)
     if path.is_dir():
         return Located(folder=path, variant=variant, card=card)
+    if path.is_file() and single:
+        return Located(folder=path.parent, file=path, name=path.name, card=card_of_file(path.name))
     if path.is_file():
         raise InvalidInput(f"'{name}' is a file; give the model folder that it lies in.")
     if card is None and (isinstance(name, Path) or not _HUB_ID.fullmatch(name)):
         raise _unknown(name)
+    if card is not None and card.is_single_file:
+        return _referred(str(card.original), single, options)
     wanted = _Wanted(
         repo=(card.hub_id if card else None) or str(name),
         parts=tuple(parts) if parts is not None else None,
+        optional=tuple(optional),
         variant=variant or (card.variant if card and card.name == name else None),
         use_safetensors=use_safetensors,
         revision=revision,
@@ -109,9 +125,59 @@ def locate(
         token=token,
         endpoint=endpoint,
     )
-    folder = _obtain(wanted, offline=local_files_only or constants.HF_HUB_OFFLINE, force=force_download)
+    folder = _obtain(wanted, offline=options["offline"], force=force_download)
     _log.info("%s is commit %s", wanted.title, folder.name)
     return Located(folder=folder, variant=wanted.variant, card=card, commit=folder.name)
+
+
+def _referred(name: str, single: bool, options: dict[str, Any]) -> Located:
+    """Find what a reference names, where a file will do."""
+    if not single:
+        raise InvalidInput(f"'{name[:120]}' is one file; load it with from_single_file, or as a whole model.")
+    found = parse_reference(name)
+    return locate_file(found, **{**options, "revision": options["revision"] or found.revision})
+
+
+def locate_file(
+    reference: Reference,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    offline: bool = False,
+    force: bool = False,
+) -> Located:
+    """Find one file of a repository, in the cache or by downloading it alone; arguments and errors as `locate`."""
+    wanted = _Wanted(
+        repo=reference.repo,
+        parts=None,
+        variant=None,
+        use_safetensors=None,
+        revision=revision,
+        cache_dir=Path(cache_dir).expanduser() if cache_dir is not None else None,
+        token=token,
+        endpoint=endpoint,
+    )
+    known = try_to_load_from_cache(
+        wanted.repo,
+        reference.file,
+        cache_dir=wanted.cache_dir,
+        revision=wanted.revision or constants.DEFAULT_REVISION,
+    )
+    if isinstance(known, str) and not force:
+        pointer = Path(known)
+    elif offline:
+        advice = "allow one download (no local_files_only, no HF_HUB_OFFLINE) or pass the path of a copy"
+        raise ModelNotFound(
+            f"{reference.file} of {wanted.title} is not in the cache and cannot be fetched offline: {advice}."
+        )
+    else:
+        pointer = _download_file(wanted, reference.file, force)
+    commit = pointer.parents[reference.file.count("/")].name
+    card = card_of_file(reference.name)
+    _log.info("%s of %s is commit %s", reference.file, wanted.title, commit)
+    return Located(folder=pointer.parent, file=pointer, name=reference.name, card=card, commit=commit)
 
 
 def is_built_in(folder: Path, card: Card) -> bool:
@@ -159,7 +225,7 @@ def _obtain(wanted: _Wanted, *, offline: bool, force: bool) -> Path:
         lack = f"its file {damaged[0]} is cut short" if damaged else "not all of its files are in the cache"
         advice = "allow one download (no local_files_only, no HF_HUB_OFFLINE) or pass a folder"
         text = f"{wanted.title} cannot be loaded offline because {lack}: {advice}."
-        raise ModelNotFound(text + _folder_hint(wanted.repo))
+        raise ModelNotFound(text + folder_hint(wanted.repo))
     for file in damaged:
         _forget(cached / file if cached else Path(file))
     try:
@@ -196,7 +262,7 @@ def _expected_sizes(wanted: _Wanted) -> dict[str, int]:
         sizes = {
             file.path: file.size for file in read(wanted.repo, revision=wanted.revision, cache_dir=wanted.cache_dir)
         }
-        files = wanted_files(sizes, wanted.parts, wanted.variant, wanted.use_safetensors)
+        files = wanted_files(sizes, wanted.parts, wanted.variant, wanted.use_safetensors, wanted.optional)
     except (huggingface_hub.errors.CachedRepoTreeNotFoundError, CheckpointError, ModelNotFound):
         return {}
     return {file: sizes[file] for file in files}
@@ -210,7 +276,8 @@ def _is_complete(folder: Path, wanted: _Wanted, sizes: Mapping[str, int]) -> boo
 
 
 def _lacks(folder: Path, wanted: _Wanted, *, plain_will_do: bool = False) -> tuple[str, ...]:
-    return missing_files(folder, wanted.parts, wanted.variant, wanted.use_safetensors, plain_will_do=plain_will_do)
+    told: dict[str, Any] = {"plain_will_do": plain_will_do, "optional": wanted.optional}
+    return missing_files(folder, wanted.parts, wanted.variant, wanted.use_safetensors, **told)
 
 
 def _size(path: Path) -> int | None:
@@ -235,7 +302,7 @@ def _download(wanted: _Wanted, *, force: bool) -> Path:
     except Exception as error:  # the client's transport library, and with it its errors, depends on its version
         raise _not_served(wanted, error) from error
     listing = [file.rfilename for file in info.siblings or ()]
-    files = wanted_files(listing, wanted.parts, wanted.variant, wanted.use_safetensors)
+    files = wanted_files(listing, wanted.parts, wanted.variant, wanted.use_safetensors, wanted.optional)
     if not files:
         raise ModelNotFound(f"{wanted.title} holds no model in the known layout (no {MODEL_INDEX} or config.json).")
     present = [file for file in files if not force and _cached_file(wanted, file, str(info.sha))]
@@ -257,6 +324,35 @@ def _download(wanted: _Wanted, *, force: bool) -> Path:
     return Path(folder)
 
 
+def _download_file(wanted: _Wanted, file: str, force: bool) -> Path:
+    """Fetch one file; errors as `_download`."""
+    try:
+        pointer = hf_hub_download(
+            wanted.repo,
+            file,
+            revision=wanted.revision,
+            cache_dir=wanted.cache_dir,
+            force_download=force,
+            token=wanted.token,
+            endpoint=wanted.endpoint,
+            library_name="sanakit",
+        )
+    except RepositoryNotFoundError as error:  # a kind of the next one in some versions
+        raise _not_served(wanted, error) from error
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise _not_served(wanted, error) from error
+        raise ModelNotFound(f"{wanted.title} has no file {file}: check the path on its page.") from error
+    except Exception as error:  # the client's transport library, and with it its errors, depends on its version
+        raise _not_served(wanted, error) from error
+    _check_download(Path(pointer))
+    return Path(pointer)
+
+
+def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:
+    return not_served(wanted.repo, wanted.title, wanted.revision, wanted.endpoint, error)
+
+
 def _cached_file(wanted: _Wanted, file: str, commit: str) -> bool:
     return isinstance(try_to_load_from_cache(wanted.repo, file, cache_dir=wanted.cache_dir, revision=commit), str)
 
@@ -275,36 +371,3 @@ def _check_download(pointer: Path) -> None:
         _forget(pointer)
         text = f"The download of {pointer.name} was damaged on the way and was removed"
         raise CheckpointError(f"{text}: load it again, outside a network that asks for a login.") from error
-
-
-def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:
-    """Say in one sentence why the hub did not deliver, and what to do."""
-    hub = wanted.endpoint or constants.ENDPOINT
-    if isinstance(error, GatedRepoError):
-        page = f"{hub}/{wanted.repo}"
-        return ModelNotFound(f"'{wanted.repo}' is gated: accept its terms at {page} and run `hf auth login`.")
-    if isinstance(error, RevisionNotFoundError):
-        return ModelNotFound(f"'{wanted.repo}' has no revision '{wanted.revision}': leave it out for the newest one.")
-    if isinstance(error, RepositoryNotFoundError):
-        hint = did_you_mean(wanted.repo, [card.hub_id for card in CARDS.values() if card.hub_id])
-        text = f"There is no folder '{wanted.repo}' here, and {hub} has no model of that name that it may show"
-        return ModelNotFound(f"{text}: check the name, or `hf auth login` if it is private.{hint}")
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    if isinstance(cause, HfHubHTTPError):
-        reason = f"answered with status {cause.response.status_code}"
-    elif isinstance(cause, json.JSONDecodeError):
-        reason = "was answered for by something else, perhaps the login page of this network,"
-    else:
-        reason = f"could not be used ({type(cause).__name__})"
-    advice = "try again later (finished files are kept) or pass a folder"
-    text = f"{hub} {reason} and {wanted.title} is not complete in the cache: {advice}."
-    return ModelNotFound(text + _folder_hint(wanted.repo))
-
-
-def _folder_hint(repo: str) -> str:
-    """Help with a mistyped relative path, which looks like a hub id, when its first half is a folder here."""
-    parent, _, name = repo.partition("/")
-    if not Path(parent).is_dir():
-        return ""
-    siblings = [entry.name for entry in Path(parent).iterdir() if entry.is_dir()]
-    return f" (There is no folder '{repo}' here either.{did_you_mean(name, siblings)})"

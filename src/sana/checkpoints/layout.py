@@ -179,16 +179,19 @@ def missing_files(
     use_safetensors: bool | None = None,
     *,
     plain_will_do: bool = False,
+    optional: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Return what a folder lacks to load `parts` (None: all that its index lists), as names relative to the folder.
 
-    With `plain_will_do` a part without the wanted variant may have plain weights instead.
+    With `plain_will_do` a part without the wanted variant may have plain weights instead. Of `optional` parts those
+    are needed that the index lists.
     """
     missing: list[str] = []
-    if parts is None:
-        if not (folder / MODEL_INDEX).is_file():
-            return (MODEL_INDEX,)
-        parts = [name for name, entry in index_parts(folder).items() if entry is not None]
+    if parts is None and not (folder / MODEL_INDEX).is_file():
+        return (MODEL_INDEX,)
+    listed = index_parts(folder) if (folder / MODEL_INDEX).is_file() else {}
+    there = [name for name, entry in listed.items() if entry is not None]
+    parts = there if parts is None else [*parts, *(name for name in optional if name in there and name not in parts)]
     for name in parts:
         part = part_of(name)
         prefix = f"{name}/" if name else ""
@@ -207,9 +210,15 @@ def missing_files(
 
 
 def wanted_files(
-    listing: Iterable[str], parts: Sequence[str] | None, variant: str | None, use_safetensors: bool | None = None
+    listing: Iterable[str],
+    parts: Sequence[str] | None,
+    variant: str | None,
+    use_safetensors: bool | None = None,
+    optional: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Choose from the files of a repository those that `parts` (None: all known ones) in this variant need.
+
+    Of `optional` parts those are wanted that the repository has.
 
     Errors: as `find_weights` and `part_variants`, before anything is downloaded.
     """
@@ -220,6 +229,7 @@ def wanted_files(
     wanted = [MODEL_INDEX] if MODEL_INDEX in folders.get(ROOT, ()) and parts != (ROOT,) else []
     if parts is None:
         parts = [name for name in PARTS if name and name in folders]
+    parts = [*parts, *(name for name in optional if name in folders and name not in parts)]
     found_variant = False
     for name in parts:
         part, names = part_of(name), folders.get(name, set())

@@ -1,7 +1,4 @@
-"""The public model classes: the pure modules plus loading, saving, a readable configuration and memory switches.
-
-Shapes: B batch, L latent channels, H W image size, h w latent size.
-"""
+"""What the public model classes share, loading, saving and a readable configuration; and the transformer's class."""
 
 import dataclasses
 import logging
@@ -11,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sana.checkpoints import hub
 from sana.checkpoints.bounds import check_config
+from sana.checkpoints.examine import examine, examine_tensors
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, ROOT, Weights, find_weights, part_of, read_json
+from sana.checkpoints.original_config import open_fields
 from sana.checkpoints.storage import Leftovers, recover, saving, warn_if_open_to_all, write_json
 from sana.checkpoints.weights import (
     MAX_SHARD_SIZE,
@@ -27,15 +26,17 @@ from sana.checkpoints.weights import (
     stored_dtype,
     write_weights,
 )
-from sana.config import AutoencoderConfig, TransformerConfig
+from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
-from sana.memory import tiling
-from sana.models.dc_ae import DCAutoencoder
+from sana.memory.quantize import entry, prepare, quantize, refuse_quantized, split
+from sana.memory.quantize_configs import ENTRY
 from sana.models.linear_dit import LinearDiT
-from sana.models.outputs import DecoderOutput, EncoderOutput
 
 _WITHOUT_EFFECT = ("low_cpu_mem_usage", "disable_mmap")
 """Documented arguments of `from_pretrained` that ask for what is always done here."""
+
+_PART_NAMES = {TransformerConfig: "transformer", AutoencoderConfig: "vae", ControlNetConfig: "controlnet"}
+"""Configuration -> what its model is called among the parts of a pipeline."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _log = logging.getLogger(__name__)
@@ -61,10 +62,6 @@ class FieldMapping(Mapping[str, Any]):
 
 class TransformerSettings(TransformerConfig, FieldMapping):
     """`SanaTransformer2DModel.config`."""
-
-
-class AutoencoderSettings(AutoencoderConfig, FieldMapping):
-    """`AutoencoderDC.config`."""
 
 
 def as_dtype(value: torch.dtype | str | None, name: str = "torch_dtype") -> torch.dtype | None:
@@ -100,8 +97,8 @@ def reject_unknown(call: str, unknown: Sequence[str], known: Sequence[str]) -> N
 class PretrainedMixin(nn.Module):
     """From and to folders in the published layout, for a module that is built from a configuration."""
 
-    config_type: ClassVar[type[TransformerSettings] | type[AutoencoderSettings]]
-    config: TransformerSettings | AutoencoderSettings
+    config_type: ClassVar[type[TransformerConfig] | type[ControlNetConfig] | type[AutoencoderConfig]]
+    config: TransformerConfig | ControlNetConfig | AutoencoderConfig
 
     def __init__(self, **fields: Any) -> None:
         """Build with random weights from the configuration's fields, by keyword; missing ones take their default.
@@ -136,7 +133,9 @@ class PretrainedMixin(nn.Module):
         return read_json(inside(located.folder, subfolder) / "config.json")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | TransformerConfig | AutoencoderConfig, **changes: Any) -> Self:
+    def from_config(
+        cls, config: Mapping[str, Any] | TransformerConfig | ControlNetConfig | AutoencoderConfig, **changes: Any
+    ) -> Self:
         """Build with random weights from a mapping or another model's `.config`; unknown keys warn.
 
         Errors: InvalidInput naming the field.
@@ -162,12 +161,14 @@ class PretrainedMixin(nn.Module):
         endpoint: str | None = None,
         use_safetensors: bool | None = None,
         device_map: str | torch.device | None = None,
+        quantization_config: Any = None,
         **unused: Any,
     ) -> Self:
         """Load from a folder, a short name or a hub id, strictly, in evaluation mode.
 
         `torch_dtype` (or `dtype`): a dtype or its name, "auto" for the stored one, None for float32. `device_map`: the
-        one device to load to.
+        one device to load to. `quantization_config`: "int8", one of the classes of `memory.quantize_configs`, or of
+        transformers with the same meaning; the weights are quantised one by one while they are read.
         Errors: ModelNotFound (an OSError) and CheckpointError (a ValueError), naming what is missing or wrong;
         InvalidInput for an unknown argument.
         """
@@ -192,7 +193,68 @@ class PretrainedMixin(nn.Module):
         weights = find_weights(folder, part_of(subfolder or ROOT), located.variant, use_safetensors)
         stored = inspect(weights)
         chosen = stored_dtype(stored) if wanted == "auto" else as_dtype(wanted) or torch.float32
-        return cls.from_weights(config, weights, stored, dtype=chosen, device=device)
+        return cls.from_weights(config, weights, stored, dtype=chosen, device=device, quantization=quantization_config)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | Path | Mapping[str, Any],
+        *,
+        config: str | Path | Mapping[str, Any] | None = None,
+        original_config: str | Path | Mapping[str, Any] | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        config_revision: str | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        endpoint: str | None = None,
+        device: str | torch.device | None = None,
+        device_map: str | torch.device | None = None,
+        quantization_config: Any = None,
+        ema: bool = False,
+        **told: Any,
+    ) -> Self:
+        """Load the original file of a model, strictly, in evaluation mode; its tensors tell the architecture.
+
+        The file is a path, `hf://organisation/repository/path`, its web address, or a mapping of its tensors; `.pth`
+        and safetensors. `config` is a folder, hub id or mapping whose configuration is taken instead of the inferred
+        one (`subfolder`: where in it), `original_config` a YAML of the original code, for what tensors leave open.
+        `told` are single fields of that kind: `sample_size=16`. `ema` takes averaged weights. Other arguments as
+        `from_pretrained`.
+        Errors: ModelNotFound and CheckpointError naming what is missing or wrong; InvalidInput for an unknown argument.
+        """
+        told = {name: value for name, value in told.items() if name not in _WITHOUT_EFFECT}
+        names = (*(field.name for field in dataclasses.fields(cls.config_type)), *cls.from_single_file.__annotations__)
+        reject_unknown(f"{cls.__name__}.from_single_file", [name for name in told if name not in names], names)
+        part = next(part for base, part in _PART_NAMES.items() if issubclass(cls.config_type, base))
+        where: dict[str, Any] = {"local_files_only": local_files_only, "token": token, "endpoint": endpoint}
+        where |= {"cache_dir": cache_dir, "force_download": force_download}
+        if config is not None and original_config is not None:
+            raise InvalidInput("Both config and original_config were given; pass one of them.")
+        if isinstance(config, str | Path):
+            config = cls.load_config(config, subfolder=subfolder or part, revision=config_revision, **where)
+        if config is not None:
+            told = {**cls.config_type.from_dict(config).to_dict(), **told}
+        elif original_config is not None and part != "vae":
+            told = {**open_fields(original_config), **told}
+        source = pretrained_model_link_or_path_or_dict
+        if isinstance(source, Mapping):
+            found = examine_tensors(source, told=told)
+        else:
+            located = hub.locate(source, parts=(ROOT,), revision=revision, single=True, **where)
+            if located.file is None:
+                raise InvalidInput(f"'{source}' is no single file; load it with {cls.__name__}.from_pretrained.")
+            found = examine(located.file, name=located.name, card=located.card, averaged=ema, told=told)
+        wanted = torch_dtype if torch_dtype is not None else dtype
+        chosen = found.file.dtype if wanted == "auto" else as_dtype(wanted) or torch.float32
+        model = found.build(part, cls, dtype=chosen, device=one_device(device_map if device is None else device))
+        if quantization_config is not None:
+            quantize(model, quantization_config)
+        return model
 
     @classmethod
     def from_weights(
@@ -201,21 +263,27 @@ class PretrainedMixin(nn.Module):
         weights: Weights,
         stored: Mapping[str, Stored],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: torch.device | str = "cpu",
+        quantization: Any = None,
     ) -> Self:
         """Build from a `config.json` and inspected weights: on the meta device first, so memory holds one copy.
 
         Errors: CheckpointError when the configuration is unusable or the tensors do not fit it.
         """
         where = weights.folder / "config.json"
+        stored_as, config = split(config)
         check_config(config, where, num_tensors=len(stored), classes=[base.__name__ for base in cls.__mro__])
         try:
             with on_meta():
                 model = cls.from_config(config)
         except (InvalidInput, RuntimeError, TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{where} describes no model that can be built: {error}") from error
-        load_into(model, weights, stored, dtype=dtype, device=device)
+        if stored_as is not None:
+            prepare(model, {name: one.dtype for name, one in stored.items()}, stored_as)
+            if quantization is not None:
+                refuse_quantized(model)
+        load_into(model, weights, stored, dtype=dtype, device=device, quantization=quantization)
         _log.info("loaded %s from %s in %s", cls.__name__, weights.folder, dtype)
         return model.eval()
 
@@ -234,6 +302,7 @@ class PretrainedMixin(nn.Module):
         """
         if not is_main_process:
             return
+        entry(self)  # what cannot be saved is refused before a file is made
         folder = Path(save_directory)
         leftovers: list[Leftovers] = []
         with saving(folder, leftovers) as stage:
@@ -251,10 +320,12 @@ class PretrainedMixin(nn.Module):
     ) -> Leftovers:
         """Write the files of `save_pretrained` into `stage`; return what tells which of `folder` they make useless."""
         options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
+        quantized = entry(self)
         part, suffix = part_of(ROOT), "safetensors" if safe_serialization else "bin"
         written = write_weights(self.state_dict(), stage, part, safe_serialization=safe_serialization, **options)
         header = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        write_json(stage / "config.json", {**header, **self.config.to_dict()})
+        extra = {} if quantized is None else {ENTRY: quantized}
+        write_json(stage / "config.json", {**header, **self.config.to_dict(), **extra})
         return partial(outdated, folder, part, variant, suffix, written)
 
 
@@ -276,78 +347,6 @@ class SanaTransformer2DModel(PretrainedMixin, LinearDiT):
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
         return self.gradient_checkpointing
-
-
-class AutoencoderDC(PretrainedMixin, DCAutoencoder):
-    """The deep-compression autoencoder; see `DCAutoencoder` for shapes and `AutoencoderConfig` for its fields."""
-
-    config_type = AutoencoderSettings
-    config: AutoencoderSettings
-
-    def __init__(self, **fields: Any) -> None:
-        super().__init__(**fields)
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tile_sample_min_height = self.tile_sample_min_width = 512
-        self.tile_sample_stride_height = self.tile_sample_stride_width = 448
-
-    @property
-    def tile_latent_min_height(self) -> int:
-        """Height of a tile in latent positions."""
-        return self.tile_sample_min_height // self.spatial_compression_ratio
-
-    @property
-    def tile_latent_min_width(self) -> int:
-        """Width of a tile in latent positions."""
-        return self.tile_sample_min_width // self.spatial_compression_ratio
-
-    def enable_slicing(self) -> None:
-        """Encode and decode a batch one picture at a time."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Encode and decode a batch at once."""
-        self.use_slicing = False
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-    ) -> None:
-        """Work in overlapping tiles of these sizes, in pixels, once a side is longer; None keeps the size set before.
-
-        Errors: InvalidInput for strides that cannot cover a picture.
-        """
-        self.tile_sample_min_height = tile_sample_min_height or self.tile_sample_min_height
-        self.tile_sample_min_width = tile_sample_min_width or self.tile_sample_min_width
-        self.tile_sample_stride_height = tile_sample_stride_height or self.tile_sample_stride_height
-        self.tile_sample_stride_width = tile_sample_stride_width or self.tile_sample_stride_width
-        self.use_tiling = True
-        self._tiles().in_latents(self.spatial_compression_ratio)
-
-    def disable_tiling(self) -> None:
-        """Work on whole pictures."""
-        self.use_tiling = False
-
-    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
-        """Return the latent of pictures, [B, 3, H, W] -> [B, L, h, w], sliced and tiled as switched on."""
-        latent = tiling.encode(self, x, self._tiles() if self.use_tiling else None, self.use_slicing)
-        return EncoderOutput(latent) if return_dict else (latent,)
-
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Return the pictures of latents, [B, L, h, w] -> [B, 3, H, W], sliced and tiled as switched on."""
-        sample = tiling.decode(self, z, self._tiles() if self.use_tiling else None, self.use_slicing)
-        return DecoderOutput(sample) if return_dict else (sample,)
-
-    def _tiles(self) -> tiling.Tiling:
-        return tiling.Tiling(
-            tile_height=self.tile_sample_min_height,
-            tile_width=self.tile_sample_min_width,
-            stride_height=self.tile_sample_stride_height,
-            stride_width=self.tile_sample_stride_width,
-        )
 
 
 def inside(folder: Path, subfolder: str | None) -> Path:

@@ -6,19 +6,33 @@ imported when it is needed.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sana.checkpoints.bounds import check_config, check_no_code
 from sana.checkpoints.foreign import first_line
-from sana.checkpoints.layout import find_weights, part_of, read_json
-from sana.checkpoints.storage import Leftovers
-from sana.checkpoints.weights import check_names, inspect, on_meta, outdated, read_state, write_weights
+from sana.checkpoints.layout import Weights, find_weights, part_of, read_json
+from sana.checkpoints.origins import remember
+from sana.checkpoints.storage import Leftovers, write_json
+from sana.checkpoints.weights import (
+    Stored,
+    as_read,
+    check_names,
+    inspect,
+    on_meta,
+    outdated,
+    read_state,
+    write_weights,
+)
 from sana.errors import CheckpointError, ModelNotFound
+from sana.memory.quantize import Reading, entry, prepare, refuse_quantized, split
+from sana.memory.quantize_configs import ENTRY
 
 TEXT_ENCODERS = ("Gemma2Model", "Gemma2ForCausalLM")
 TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", "AutoTokenizer")
@@ -74,15 +88,16 @@ def load_text_encoder(
     variant: str | None = None,
     use_safetensors: bool | None = None,
     device: torch.device | str = "cpu",
+    quantization: Any = None,
 ) -> Any:
-    """Load a text encoder strictly, in evaluation mode.
+    """Load a text encoder strictly, in evaluation mode; `quantization` and the device "meta" as in `load_into`.
 
     Errors: ModelNotFound and CheckpointError as for our own models: no file, damaged file, missing, unexpected,
     misshapen or non-finite tensors, a configuration that asks for code or absurd sizes.
     """
     import transformers
 
-    values = read_json(folder / "config.json")
+    stored_as, values = split(read_json(folder / "config.json"))
     weights = find_weights(folder, part_of("text_encoder"), variant, use_safetensors)
     stored = inspect(weights)
     check_config(values, folder / "config.json", num_tensors=len(stored))
@@ -90,18 +105,81 @@ def load_text_encoder(
     try:
         config = model_class.config_class(**_known_fields(values, model_class.config_class))
         with on_meta():
-            expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+            skeleton = model_class(config)
     except Exception as error:  # whatever the foreign library raises for bad values
         text = f"{folder / 'config.json'} describes no text encoder that can be built ({first_line(error)})"
         raise CheckpointError(f"{text}: copy the folder again.") from error
-    renamed = {name: _renamed(name, expected) for name in stored}
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    renamed = {name: _renamed(name, shapes) for name in stored}
+    if stored_as is not None:
+        prepare(skeleton, {renamed[name]: one.dtype for name, one in stored.items()}, stored_as)
+        if quantization is not None:
+            refuse_quantized(skeleton)
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     if config.tie_word_embeddings and _HEAD not in stored:
         expected.pop(_HEAD, None)  # it is the table of the embeddings once more
     check_names(expected, {renamed[name]: entry for name, entry in stored.items()}, str(folder))
+    files = {name: stored_name for stored_name, name in renamed.items() if name != stored_name}
+    if quantization is not None or stored_as is not None or torch.device(device).type == "meta":
+        known = {renamed[name]: entry for name, entry in stored.items()}
+        where: dict[str, Any] = {"dtype": dtype, "device": device, "files": files}
+        return _assembled(skeleton, config, weights, known, quantization=quantization, **where)
     state = {renamed[name]: tensor for name, tensor in read_state(weights, dtype=dtype, device=device).items()}
     with no_progress_bars():
         model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    remember(model, weights, dtype, files=files)
     return model.to(device).eval()
+
+
+def _assembled(
+    model: Any,
+    config: Any,
+    weights: Weights,
+    stored: Mapping[str, Stored],
+    *,
+    quantization: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    files: Mapping[str, str],
+) -> Any:
+    """Fill a model built on the meta device without the help of transformers, which reads plain tensors only."""
+    reading = None if quantization is None else Reading(model, quantization, dtype, device)
+    if torch.device(device).type == "meta":
+        if reading is not None:
+            reading.skeleton()
+        as_read(model, stored, dtype)
+        constants_at: torch.device | str = "cpu"
+    else:
+        back = {name: file for file, name in files.items()}
+
+        def take(name: str, tensor: Tensor) -> bool:
+            return reading is not None and reading.take(back.get(name, name), tensor)
+
+        found = read_state(weights, dtype=dtype, device=device, take=take)
+        state = {back.get(name, name): tensor for name, tensor in found.items()}
+        model.load_state_dict(state, assign=True, strict=False)  # the names have been compared
+        constants_at = device
+    _give_constants(model, config, constants_at)
+    model.tie_weights()
+    if reading is None:
+        remember(model, weights, dtype, files=files)
+    else:
+        reading.done()
+        remember(model, weights, dtype, files=files, quantization=reading.config, targets=reading.targets)
+    return model.eval()
+
+
+def _give_constants(model: Any, config: Any, device: torch.device | str) -> None:
+    """Give a model built on the meta device the constants that no file holds, from a small one of its kind."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.intermediate_size, small.pad_token_id = 1, 8, 8, 0
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:1]
+    constants = dict(type(model)(small).named_buffers())
+    for name, buffer in tuple(model.named_buffers()):
+        if buffer.is_meta and name in constants:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._buffers[leaf] = constants[name].to(device)
 
 
 def write_text_encoder(model: Any, stage: Path, folder: Path, **options: Any) -> Leftovers:
@@ -109,9 +187,12 @@ def write_text_encoder(model: Any, stage: Path, folder: Path, **options: Any) ->
 
     `options` are those of `write_weights`; the format is always safetensors.
     """
+    quantized = entry(model)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(stage)
+    if quantized is not None:
+        write_json(stage / "config.json", {**read_json(stage / "config.json"), ENTRY: quantized})
     if model.can_generate():
         model.generation_config.save_pretrained(stage)
     state = dict(model.state_dict())

@@ -1,7 +1,7 @@
 """Tensors between files and modules: strict reading with one copy in memory, writing as one file or as shards."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 from sana.checkpoints.digests import has_digest, verified
 from sana.checkpoints.foreign import read_pickle
 from sana.checkpoints.layout import Part, Weights
+from sana.checkpoints.origins import remember
 from sana.checkpoints.storage import naming, write_json
 from sana.checkpoints.tensors import read_header, read_tensors, write_tensors
 from sana.errors import CheckpointError, InvalidInput, NonFinite
+from sana.memory.quantize import Reading
 
 MAX_SHARD_SIZE = "10GB"
 
@@ -65,20 +67,51 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantization: Any = None,
 ) -> None:
     """Give a module built on the meta device the tensors of `weights`, cast to `dtype` (None: as stored).
 
-    Memory peaks at the module plus one tensor. Integer tensors keep their dtype.
+    Memory peaks at the module plus one tensor. Integer tensors keep their dtype. `quantization` is applied meanwhile
+    (see `memory.quantize`). To the device "meta" nothing is read: the weights can be had later, from `origins`.
     Errors: as `check_names`, before any data is read, and `read_state`.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_names(expected, stored, str(weights.folder))
-    module.load_state_dict(read_state(weights, dtype=dtype or stored_dtype(stored), device=device), assign=True)
+    reading = None if quantization is None else Reading(module, quantization, dtype or stored_dtype(stored), device)
+    if torch.device(device).type == "meta":
+        if reading is not None:
+            reading.skeleton()
+        as_read(module, stored, dtype)
+    else:
+        state = read_state(weights, dtype=dtype, device=device, take=None if reading is None else reading.take)
+        module.load_state_dict(state, assign=True, strict=reading is None)
+    if reading is None:
+        remember(module, weights, dtype)
+    else:
+        reading.done()
+        remember(module, weights, dtype, quantization=reading.config, targets=reading.targets)
 
 
-def read_state(weights: Weights, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return all tensors, floating ones cast to `dtype`; files that carry a digest are compared with it meanwhile.
+def as_read(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> None:
+    """Give the weights of a module on the meta device the dtypes that reading would give them."""
+    for name, weight in (*module.named_parameters(), *module.named_buffers()):
+        kind = stored[name].dtype if name in stored else weight.dtype
+        if dtype is not None and kind.is_floating_point:
+            kind = dtype
+        if weight.dtype != kind and weight.dtype != torch.int8:
+            weight.data = weight.data.to(kind)
 
+
+def read_state(
+    weights: Weights,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    take: Callable[[str, Tensor], bool] | None = None,
+) -> dict[str, Tensor]:
+    """Return all tensors, floating ones cast to `dtype` (None: as stored); digests that files carry are compared.
+
+    `take` gets each tensor as stored, valid for the length of the call, and tells whether it has taken it.
     Errors: CheckpointError naming the tensor that is not finite or, in a file that this package did not write, all
     zero; naming the file that is damaged.
     """
@@ -87,14 +120,27 @@ def read_state(weights: Weights, *, dtype: torch.dtype, device: torch.device | s
         for path in weights.paths:
             ours = has_digest(path)
             for name, tensor in _tensors(path, dtype):
-                state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-                low, high = _range(state[name])
-                if not (math.isfinite(low) and math.isfinite(high)):
-                    raise CheckpointError(_not_finite(name, path, tensor, dtype))
-                if low == high == 0 and not ours and _is_zero_matrix(tensor):
-                    text = f"Tensor '{name}' in {path} is all zero, as after an interrupted copy"
-                    raise CheckpointError(f"{text}: download or copy the file again.")
+                if take is not None and take(name, placed(name, tensor, path, dtype=None, device="cpu", ours=ours)):
+                    continue
+                state[name] = placed(name, tensor, path, dtype=dtype, device=device, ours=ours)
     return state
+
+
+def placed(
+    name: str, tensor: Tensor, path: Path, *, dtype: torch.dtype | None, device: torch.device | str, ours: bool
+) -> Tensor:
+    """Return a tensor of a file on its device, cast to `dtype` if it is floating and that is not None.
+
+    Errors: CheckpointError naming a tensor that is not finite or, in a file that this package did not write, all zero.
+    """
+    result = tensor.to(device, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+    low, high = _range(result)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(_not_finite(name, path, tensor, dtype))
+    if low == high == 0 and not ours and _is_zero_matrix(tensor):
+        text = f"Tensor '{name}' in {path} is all zero, as after an interrupted copy"
+        raise CheckpointError(f"{text}: download or copy the file again.")
+    return result
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: str) -> None:
@@ -141,11 +187,8 @@ def write_weights(
     suffix = "safetensors" if safe_serialization else "bin"
     single, index = part.names(variant, suffix)
     pattern = single.removesuffix(f".{suffix}") + "{suffix}." + suffix
-    try:
-        split = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=max_shard_size)
-    except ValueError as error:
-        text = f"max_shard_size is {max_shard_size!r}; it must be a number of bytes or a text such as '5GB'."
-        raise InvalidInput(text) from error
+    check_shard_size(max_shard_size)
+    split = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=max_shard_size)
     folder.mkdir(parents=True, exist_ok=True)
     for file, keys in split.filename_to_tensors.items():
         shard = {key: state[key] for key in keys}
@@ -158,6 +201,15 @@ def write_weights(
         return frozenset(split.filename_to_tensors)
     write_json(folder / index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return frozenset((*split.filename_to_tensors, index))
+
+
+def check_shard_size(size: int | str) -> None:
+    """Refuse what is no size of a file, by asking what reads it."""
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        text = f"max_shard_size is {size!r}; it must be a number of bytes or a text such as '5GB'."
+        raise InvalidInput(text) from error
 
 
 def outdated(folder: Path, part: Part, variant: str | None, suffix: str, written: frozenset[str]) -> tuple[str, ...]:
@@ -177,7 +229,7 @@ def _headers(path: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         yield from ((entry.name, entry.shape, entry.dtype) for entry in read_header(path))
 
 
-def _tensors(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".bin":
         yield from ((name, tensor.clone()) for name, tensor in read_pickle(path).items())
     else:
@@ -205,7 +257,7 @@ def _is_zero_matrix(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0 and not bool(tensor.any())
 
 
-def _not_finite(name: str, path: Path, stored: Tensor, dtype: torch.dtype) -> str:
+def _not_finite(name: str, path: Path, stored: Tensor, dtype: torch.dtype | None) -> str:
     if is_finite(stored):
         kind = str(dtype).removeprefix("torch.")
         return f"Tensor '{name}' in {path} does not fit into {kind}: choose torch_dtype=torch.bfloat16 or float32."

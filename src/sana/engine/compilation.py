@@ -6,6 +6,7 @@ modules, their parameters and their names stay as they are; only the way they ar
 
 import os
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch looks for compiled code; there is no other way to tell it."""
 
 
-def compile_modules(transformer: Any, vae: Any, cache_dir: str | Path | None = None) -> None:
+def compile_modules(
+    transformer: Any, vae: Any, cache_dir: str | Path | None = None, controlnets: Sequence[Any] = ()
+) -> None:
     """Let the transformer's blocks and the decoder run compiled from their next call on; either may be None.
 
     The first call of a size, a batch and a text of up to 64, 128, ... tokens compiles; later ones reuse it. What was
     compiled is kept in `cache_dir`, where other processes find it. After eight of these a process runs further ones
     as they are, uncompiled. The 28 blocks of the 0.6B transformer take about 25 CPU seconds at first and 5 in a later
-    process. On a GPU the kernels are fused, but no graph of launches is recorded.
+    process. Perturbed rows make up to three forms of a block: before, at and behind the first perturbed one. The blocks
+    of control networks share their form with the transformer's. On a GPU the kernels are fused, but no graph of
+    launches is recorded.
 
     Args:
         cache_dir: None takes torch's own setting if there is one, else a folder beside the downloaded models.
@@ -32,12 +37,12 @@ def compile_modules(transformer: Any, vae: Any, cache_dir: str | Path | None = N
     Raises:
         MissingDependency: the compiler that torch needs on this device is not there.
     """
-    networks = [network for network in (transformer, vae) if network is not None]
+    networks = [network for network in (transformer, vae, *controlnets) if network is not None]
     for kind in sorted({next(network.parameters()).device.type for network in networks}):
         require_compiler(kind)
     set_cache(cache_dir)
-    if transformer is not None:
-        for block in transformer.transformer_blocks:
+    for network in (transformer, *controlnets):
+        for block in network.transformer_blocks if network is not None else ():
             block.compile(dynamic=False)
     if vae is not None:
         compile_decoder(vae.decoder)

@@ -1,5 +1,7 @@
-"""Latents to pictures without ever losing a finished latent: out of memory, the batch is split, then the picture tiled.
+"""Latents to pictures and back without ever losing a finished latent: when memory runs out, less is done at a time.
 
+First the caches are freed, then the batch is split, then each picture is computed in exact strips of rows with the
+least memory, and only what cannot be computed so is done in tiles that are blended.
 Shapes: B images, C latent channels, h w latent size, H W pixels.
 """
 
@@ -8,6 +10,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -20,6 +24,7 @@ from sana.errors import OutOfMemory, SanaError
 
 TILES = ((512, 448), (256, 192))
 """Sides of the decoder's tiles and the distances between them, in pixels, tried in turn when memory runs out."""
+SWITCHES = ("use_tiling", "streaming_min_pixels", "frugal_streaming")
 
 Say = Callable[[str], None]
 Made = TypeVar("Made")
@@ -90,8 +95,9 @@ def decode_to(
 ) -> list[Made]:
     """Decode latents and return what `finish` makes of the images: one item for the whole batch, or one for each image.
 
-    When memory runs out, here or in `finish`, caches are freed, then the images are decoded one by one, then in tiles;
-    nothing is tried twice without a change. A decoder in half precision that gives NaN is run in float32 once.
+    When memory runs out, here or in `finish`, caches are freed, then the images are decoded one by one, then in strips
+    of rows, then in tiles; nothing is tried twice without a change. A decoder in half precision that gives NaN is run
+    in float32 once.
 
     Args:
         finish: takes images [B, 3, H, W], about -1 to 1, in the dtype of the VAE.
@@ -107,7 +113,9 @@ def decode_to(
     """
     check_finite(latents_BChw, "latents")
     wanted = latents_BChw[:count]
-    with closing(_ladder(vae, latents_BChw, count, say)) as ladder:
+    attempt = partial(_images, vae, count=count, say=say)
+    side = max(latents_BChw.shape[-2:]) * vae.spatial_compression_ratio
+    with closing(_ladder(vae, latents_BChw, attempt, side, DECODING, say)) as ladder:
         for images in ladder:
             # Closing drops what a failed attempt still holds; so does leaving the except block, for its traceback.
             with closing(images):
@@ -122,60 +130,129 @@ def decode_to(
     raise DecodeOutOfMemory(wanted.cpu())
 
 
-Images = Generator[Tensor, None, None]
+@torch.no_grad()
+def encode_from(vae: Any, images_B3HW: Tensor, say: Say = _warn) -> Tensor:
+    """Return the latents that the transformer works on, [B, 3, H, W] in -1..1 -> [B, C, h, w], scaled.
+
+    Device and dtype of the images do not matter; the latents are in those of the VAE. When memory runs out, less is
+    done at a time, as in `decode_to`.
+
+    Raises:
+        InvalidInput: a side is no multiple of the VAE's ratio.
+        NonFinite: the images contain NaN or infinity, or the encoder gives such.
+        OutOfMemory: the memory does not do for one picture.
+    """
+    check_finite(images_B3HW, "images")
+    pixels = images_B3HW.shape[-2:]
+    with closing(_ladder(vae, images_B3HW, partial(_latents, vae, say=say), max(pixels), ENCODING, say)) as ladder:
+        for attempt in ladder:
+            with closing(attempt):
+                try:
+                    return torch.cat(list(attempt))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+    raise OutOfMemory(
+        "The memory is full: the image cannot be encoded, not even in tiles. Use a smaller image, or free memory."
+    )
 
 
-def _ladder(vae: Any, latents: Tensor, count: int | None, say: Say) -> Generator[Images, None, None]:
-    """Yield ways to decode, each of which needs less memory than the one before."""
-    yield _images(vae, (latents,), count, say)
+Attempt = Generator[Tensor, None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doing:
+    """How the sentences name what is done."""
+
+    now: str
+    done: str
+    part: str
+
+
+DECODING = Doing(now="decoding", done="decoded", part="decoder")
+ENCODING = Doing(now="encoding", done="encoded", part="encoder")
+
+
+def _ladder(
+    vae: Any, batch: Tensor, attempt: Callable[[tuple[Tensor, ...]], Attempt], side: int, doing: Doing, say: Say
+) -> Generator[Attempt, None, None]:
+    """Yield ways to work through a batch, each of which needs less memory than the one before."""
+    yield attempt((batch,))
     if free_memory():
-        yield _images(vae, (latents,), count, say)
-    rows = torch.split(latents[:count], 1)
-    if len(latents) > 1:
-        say("Memory ran out while decoding; the images of the batch are now decoded one by one.")
-        yield _images(vae, rows, 1, say)
-    side = max(latents.shape[-2:]) * vae.spatial_compression_ratio
+        yield attempt((batch,))
+    rows = torch.split(batch, 1)
+    ran_out = f"Memory ran out while {doing.now}; the images"
+    if len(rows) > 1:
+        say(f"{ran_out} of the batch are now {doing.done} one by one.")
+        yield attempt(rows)
+    if not vae.use_tiling and vae.can_stream(doing.part) and not vae.frugal_streaming:
+        free_memory()
+        say(f"{ran_out} are now {doing.done} in strips with the least memory, which gives the same images.")
+        with _settings(vae):
+            vae.enable_streaming(frugal=True)
+            yield attempt(rows)
     if vae.use_tiling:
         side = min(side, max(vae.tile_sample_min_height, vae.tile_sample_min_width))
     for tile, stride in TILES:
         if tile < side:
             free_memory()
             say(
-                f"Memory ran out while decoding; the images are now decoded in tiles of {tile} pixels, which can leave"
-                " faint seams. Call vae.enable_tiling() beforehand, or ask for smaller images."
+                f"{ran_out} are now {doing.done} in tiles of {tile} pixels, which can leave faint seams. Call"
+                " vae.enable_tiling() beforehand, or ask for smaller images."
             )
-            with _tiling(vae, tile, stride):
-                yield _images(vae, rows, 1, say)
+            with _settings(vae):
+                vae.enable_tiling(tile, tile, stride, stride)
+                yield attempt(rows)
 
 
-def _images(vae: Any, parts: tuple[Tensor, ...], count: int | None, say: Say) -> Images:
-    """Decode parts of a batch, one after the other, and yield the first `count` images of each.
+def _images(vae: Any, parts: tuple[Tensor, ...], *, count: int | None, say: Say) -> Attempt:
+    """Decode parts of a batch, one after the other, and yield the images of the first `count` rows.
 
     A part for which the VAE's own half precision does not do is decoded in float32.
     """
-    dtype = next(vae.parameters()).dtype
-    for latents in parts:
-        image = _decoded(vae, latents)[:count]
-        if dtype in (torch.float16, torch.bfloat16) and not is_finite(image):
-            say(f"The decoder gave NaN or infinity in {str(dtype).removeprefix('torch.')}; it was run in float32.")
-            with _in_float32(vae):
-                image = _decoded(vae, latents)[:count].to(dtype)
+    for latents in parts[:count]:
+        image = _or_in_float32(vae, partial(_decoded, vae, latents, count), "decoder", say)
         check_finite(image, "decoded images")
         yield image
 
 
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
+def _latents(vae: Any, parts: tuple[Tensor, ...], *, say: Say) -> Attempt:
+    """Encode parts of a batch, one after the other, and yield their latents; in float32 as in `_images`."""
+    for images in parts:
+        latents = _or_in_float32(vae, partial(_encoded, vae, images), "encoder", say)
+        check_finite(latents, "encoded images")
+        yield latents
+
+
+def _or_in_float32(vae: Any, run: Callable[[], Tensor], part: str, say: Say) -> Tensor:
+    """Return what `run` gives, in float32 instead of half precision where that gives NaN or infinity."""
+    dtype = next(vae.parameters()).dtype
+    out = run()
+    if dtype in (torch.float16, torch.bfloat16) and not is_finite(out):
+        say(f"The {part} gave NaN or infinity in {str(dtype).removeprefix('torch.')}; it was run in float32.")
+        with _in_float32(vae):
+            out = run().to(dtype)
+    return out
+
+
+def _decoded(vae: Any, latents: Tensor, count: int | None) -> Tensor:
     weight = next(vae.parameters())
     scaled = latents.to(weight.device, weight.dtype) / vae.config.scaling_factor
     image: Tensor = vae.decode(scaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
-    return image
+    return image[:count]
+
+
+def _encoded(vae: Any, images: Tensor) -> Tensor:
+    weight = next(vae.parameters())
+    latents: Tensor = vae.encode(images.to(weight.device, weight.dtype), return_dict=False)[0]
+    scale: float = vae.config.scaling_factor
+    return latents * scale
 
 
 @contextmanager
-def _tiling(vae: Any, tile: int, stride: int) -> Generator[None, None, None]:
-    """Switch tiling on with standard tiles, and back to the user's settings afterwards."""
-    before = {name: value for name, value in vars(vae).items() if name == "use_tiling" or name.startswith("tile_")}
-    vae.enable_tiling(tile, tile, stride, stride)
+def _settings(vae: Any) -> Generator[None, None, None]:
+    """Put the user's switches of a VAE back at the end of a `with` block."""
+    before = {name: value for name, value in vars(vae).items() if name in SWITCHES or name.startswith("tile_")}
     try:
         yield
     finally:

@@ -10,31 +10,53 @@ from torch import Tensor
 SAMPLES = 16
 """Values read of each tensor: enough to tell trainings apart, few enough to cost milliseconds."""
 
+SAMPLED = "_sana_samples"
+"""Attribute of a module with the values read of tensors that are away."""
+
 
 def fingerprint(*modules: Any) -> str:
     """Return 16 hexadecimal digits from names, shapes, dtypes and 16 spread values of every tensor; "none" without any.
 
     It follows what is in memory, so replaced, merged or further trained weights and other dtypes have other names,
     while the layout in memory, compilation and the files they came from do not matter. It is no protection: a change
-    that avoids the values read stays unseen, and so do the values of tensors that lie on the meta device.
+    that avoids the values read stays unseen. Of weights that are away to save memory the values were read before (see
+    `placement`); those of other tensors on the meta device stay unseen.
     """
     digest, empty = hashlib.sha256(), True
     for module in modules:
         tensors = module.state_dict() if module is not None else {}
-        values = {name: _sample(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        away = getattr(module, SAMPLED, {})
+        values = {
+            name: away.get(name) if tensor.is_meta else sample(tensor)
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+        }
         for name in values:
             digest.update(
                 f"{name.removeprefix('_orig_mod.')} {tuple(tensors[name].shape)} {tensors[name].dtype};".encode()
             )
             empty = False
-        read = [value for value in values.values() if value is not None]
-        for device in sorted({value.device for value in read}, key=str):
-            digest.update(torch.cat([value for value in read if value.device == device]).cpu().numpy().tobytes())
+        digest.update(_together([value for value in values.values() if value is not None]).numpy().tobytes())
     return "none" if empty else digest.hexdigest()[:16]
 
 
+def _together(values: list[Tensor]) -> Tensor:
+    """Join values in their order on the CPU, with one transfer from each device."""
+    placed: dict[int, Tensor] = {}
+    for device in {value.device for value in values}:
+        there = [(i, value) for i, value in enumerate(values) if value.device == device]
+        joined = torch.cat([value for _, value in there]).cpu()
+        placed |= dict(zip((i for i, _ in there), torch.split(joined, [len(value) for _, value in there]), strict=True))
+    return torch.cat([placed[i] for i in range(len(values))]) if values else torch.empty(0, device="cpu")
+
+
 @torch.no_grad()
-def _sample(tensor: Tensor) -> Tensor | None:
+def sample(tensor: Tensor) -> Tensor | None:
+    """Return the values read of a tensor, as float32; None if it has none here."""
+    inner = getattr(tensor, "tensor_data_names", ())  # torchao's tensors hold others and cannot be indexed freely
+    if inner:
+        found = [one for name in inner if (one := sample(getattr(tensor, name))) is not None]
+        return torch.cat(found) if found else None
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return None
     if tensor.ndim == 0:

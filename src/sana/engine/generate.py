@@ -4,9 +4,10 @@ Shapes: B latents of a batch, C latent channels, h w latent size (pixels / 32).
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Protocol
@@ -18,18 +19,17 @@ from torch import Tensor
 from sana.checkpoints.weights import is_finite
 from sana.engine.apart import Apart
 from sana.engine.decode import decode_to, free_memory, is_out_of_memory
-from sana.engine.images import resize_and_crop, to_pictures
+from sana.engine.edits import Edit
 from sana.engine.latents import Finished
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, Predictor
-from sana.engine.request import Request, ResolvedRequest, Result, shown
-from sana.engine.resolution import BINS, check_step, cut_told, nearest_bin
+from sana.engine.predictor import Captions, Control, Predictor
+from sana.engine.request import Request, ResolvedRequest, Result
+from sana.engine.start import adapters_of, attach, conditions, controls_of, edit_of, perturbed_blocks, sampler_of
 from sana.errors import NonFinite, OutOfMemory
-from sana.flow.guidance import BatchedVelocity, Interval, cfg_batched, guided_steps
+from sana.flow.guidance import BatchedVelocity, Interval, guided_steps, guided_velocity, pag_scales
 from sana.flow.path import draw_noise
-from sana.flow.samplers import Noise, Step, Steps, Velocity, find_sampler
+from sana.flow.samplers import Noise, Step, Steps, Velocity
 from sana.flow.schedules import Grid
-from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
 
 class LoopSampler(Protocol):
@@ -69,6 +69,12 @@ class Plan:
     """Sigmas (low, high) between which guidance acts; None is everywhere."""
     noise: Noise | None = None
     """Fresh noise for samplers that draw it."""
+    pag_scale: float = 0.0
+    """Scale of perturbed-attention guidance; 0 is none."""
+    pag_adaptive_scale: float = 0.0
+    """By how much that scale falls with each of the 1000 training timesteps."""
+    project: Callable[[Tensor, int], Tensor] | None = None
+    """Maps the state after step i, at level sigmas[i + 1], to one that keeps what must be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,17 +98,19 @@ def denoise(plan: Plan) -> Generator[Step, Reply, Tensor]:
     """Run the loop: yield a typed step after each update, return the final latents.
 
     Closing the generator stops the run; what is sent into it holds from the next step on (sent after the last step,
-    latents become the result).
+    latents become the result). What the plan's `project` makes of a state is what the consumer sees; what is sent goes
+    in as it is.
 
     Raises:
         NonFinite: the network gave NaN or infinity; the message names the step.
     """
     grid = plan.sampler.grid
     guided = guided_steps(grid, plan.guidance_interval)
+    pag = pag_scales(grid, plan.pag_scale, plan.pag_adaptive_scale)
     scale, latents = plan.guidance, plan.latents
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        v = cfg_batched(plan.predictor, scale, guided)(x, i)
+        v = guided_velocity(plan.predictor, scale, guided, pag)(x, i)
         # Looked at here, because what comes later can hide it: a clamp, a level that is passed over.
         if not is_finite(v):
             raise _not_finite(x, i, grid.num_steps)
@@ -110,12 +118,14 @@ def denoise(plan: Plan) -> Generator[Step, Reply, Tensor]:
 
     with contextlib.closing(plan.sampler.run(velocity, plan.latents, plan.noise)) as walk:
         reply: Tensor | None = None
-        for _ in range(grid.num_steps):
+        for i in range(grid.num_steps):
             step = walk.send(reply)
+            if plan.project is not None:
+                step = replace(step, latents=plan.project(step.latents, i))
             sent = yield step
             change = sent if isinstance(sent, Change) else Change(latents=sent)
-            reply = change.latents
-            latents = step.latents if reply is None else reply
+            latents = step.latents if change.latents is None else change.latents
+            reply = latents if change.latents is not None or plan.project is not None else None
             if change.captions is not None:
                 plan.predictor.use(change.captions)
             if change.guidance is not None:
@@ -200,38 +210,34 @@ def generate_images(parts: Parts, request: Request) -> Result:
             return result
 
 
-def drawn_size(parts: Parts, settings: ResolvedRequest) -> tuple[int, int]:
-    """Return the (height, width) that the model draws for a request, before the picture is resized to its size.
-
-    Raises:
-        InvalidInput: the size is no multiple of the latent's pixel, and there are no bins to fall back on.
-    """
-    sample_size = parts.transformer.config.sample_size
-    if settings.binning and sample_size in BINS:
-        return nearest_bin(settings.height, settings.width, sample_size)
-    check_step(settings.height, settings.width, parts.compression * parts.transformer.config.patch_size)
-    return settings.height, settings.width
-
-
 class _Run:
     """What the batches of a request share; they become smaller from where memory ran out on."""
 
     def __init__(
         self, parts: Parts, settings: ResolvedRequest, rescue: Callable[[Finished], None] | None = None
     ) -> None:
-        self.parts, self.settings, self.rescue = parts, settings, rescue
+        self.parts, self.rescue = parts, rescue
+        self.attached = attach(parts, settings)
+        self.settings, self.canvas = self.attached.settings, self.attached.canvas
+        self.notes = list(self.attached.notes)
         self.rows = settings.batch_size
         """Pictures computed at once."""
-        drawn = drawn_size(parts, settings)
-        self.notes = _remarks(settings, drawn)
-        self.facts, self.clock = parts.describe(), _Clock(parts)
-        self.shape = (parts.transformer.config.in_channels, *(side // parts.compression for side in drawn))
-        sampler = find_sampler(settings.sampler)
-        self.sampler = sampler.on(sampler.make_grid(settings.steps, parts.flow_shift))
-        self.conditions = self._read()
+        self.sampler = sampler_of(settings, parts.flow_shift)
+        self.perturbed = perturbed_blocks(parts, settings)
+        self.settings, self.strengths = adapters_of(parts, self.settings)
+        self.facts, self.clock = self._facts(), _Clock(parts)
+        self.shape = (parts.transformer.config.in_channels, *(side // parts.compression for side in self.canvas.drawn))
+        with parts.using("text_encoder"):
+            self.conditions = self._read()
+        self.clock.stroke("text")
+        self.edit, self.controls = self._encode()
         self._network: Network | None = None
         self._apart = self._freed = False
-        self.clock.stroke("text")
+
+    def _facts(self) -> dict[str, str]:
+        """Return what records say of the model, and of adapters that act on it without having been asked for here."""
+        standing = self.parts.adapters.describe() if self.strengths is None else []
+        return self.parts.describe() | ({"adapters": json.dumps(standing)} if standing else {})
 
     def say(self, text: str) -> None:
         """Note what the user should know, each sentence once."""
@@ -251,20 +257,34 @@ class _Run:
 
     def decode(self, latents: Tensor, seeds: Sequence[int]) -> list[Image]:
         """Return the pictures of finished latents; the rows beyond the seeds only fill the batch."""
-        settings, rescue = self.settings, None
-        if self.rescue is not None:
-            rescue = partial(self._keep, self.rescue, seeds)
-
-        def finish(images: Tensor) -> list[Image]:
-            made: list[Image] = to_pictures(resize_and_crop(images, settings.height, settings.width))
-            return made
-
-        pictures = decode_to(finish, self.parts.vae, latents, self.say, count=len(seeds), rescue=rescue)
+        rescue = None if self.rescue is None else partial(self._keep, self.rescue, seeds)
+        finish = self._finished(latents, seeds).pictures
+        with self.parts.using("vae"):
+            pictures = decode_to(finish, self.parts.vae, latents, self.say, count=len(seeds), rescue=rescue)
         self.clock.stroke("decode")
         return list(chain.from_iterable(pictures))
 
     def _keep(self, rescue: Callable[[Finished], None], seeds: Sequence[int], latents: Tensor) -> None:
-        rescue(Finished(latents=latents, settings=self.settings, seeds=seeds, model=self.facts))
+        rescue(self._finished(latents, seeds))
+
+    def _finished(self, latents: Tensor, seeds: Sequence[int]) -> Finished:
+        return Finished(
+            latents=latents,
+            settings=self.settings,
+            seeds=seeds,
+            model=self.facts,
+            canvas=self.attached.canvas if self.edit is not None else None,
+            kept=self.attached.kept,
+        )
+
+    def _encode(self) -> tuple[Edit | None, Sequence[Control]]:
+        """Encode the picture to begin with and those of the controls."""
+        if self.attached.image is None and not self.attached.controls:
+            return None, ()
+        with self.parts.using("vae"):
+            made = edit_of(self.parts, self.attached, self.say), controls_of(self.parts, self.attached, self.say)
+        self.clock.stroke("encode")
+        return made
 
     def denoise(self, seeds: Sequence[int]) -> Generator[Step, Reply, Tensor | None]:
         """Run the loop for one batch; None if memory ran out and the batch is to be begun again with fewer `rows`.
@@ -273,7 +293,11 @@ class _Run:
             OutOfMemory: there is no way that needs less.
         """
         try:
-            latents = yield from denoise(self._plan([*seeds, *[seeds[-1]] * (self.rows - len(seeds))]))
+            with (
+                self.parts.using("transformer", *(("controlnet",) if self.controls else ())),
+                self.parts.adapters.using(self.strengths),
+            ):
+                latents = yield from denoise(self._plan([*seeds, *[seeds[-1]] * (self.rows - len(seeds))]))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -295,7 +319,7 @@ class _Run:
                 f"Memory ran out while denoising {self.settings.batch_size} pictures at once; they are now drawn one by"
                 " one, which changes them by rounding only. Lower `batch_size`."
             )
-        elif len(self.conditions) > 1 and not self._apart:
+        elif (len(self.conditions) > 1 or self.perturbed) and not self._apart:
             self._apart = True
             self.say(
                 "Memory ran out while denoising; prompt and negative prompt now go through the network one after the"
@@ -311,7 +335,7 @@ class _Run:
         """Encode the prompt, and before it the negative prompt if guidance needs one: embeds and mask of each."""
         for _ in range(2):
             try:
-                return _conditions(self.parts, self.settings, self.say)
+                return conditions(self.parts, self.settings, self.say)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -323,12 +347,19 @@ class _Run:
         )
 
     def _plan(self, seeds: Sequence[int]) -> Plan:
-        """Fill the five slots for one batch, whose row r starts from the noise, [C, h, w], of seeds[r]."""
+        """Fill the slots of the loop for one batch, whose row r starts from the noise, [C, h, w], of seeds[r]."""
+        grid, settings, edit = self.sampler.grid, self.settings, self.edit
         if self._network is None:
             make = Apart if self._apart else Predictor
             self._captions = Captions.stack(self.conditions, self.rows)
-            timesteps, guidance = self.sampler.grid.timesteps, self.settings.guidance
-            self._network = make(self.parts.transformer, timesteps, self._captions, guidance=guidance)
+            self._network = make(
+                self.parts.transformer,
+                grid.timesteps,
+                self._captions,
+                guidance=settings.guidance,
+                perturbed_layers=self.perturbed,
+                controls=self.controls,
+            )
         network = self._network
         network.use(self._captions)  # the consumer of the last batch may have set others
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -336,31 +367,15 @@ class _Run:
         def noise(_: int) -> Tensor:
             return draw_noise((len(seeds), *self.shape), generators, device=network.device)
 
+        first = noise(0)
         return Plan(
             sampler=self.sampler,
-            latents=noise(0),
+            latents=first if edit is None else edit.start(first, grid.sigmas[0].item()),
             predictor=network,
-            guidance=self.settings.guidance if len(self.conditions) > 1 else 1.0,
-            guidance_interval=self.settings.guidance_interval,
+            guidance=settings.guidance if len(self.conditions) > 1 else 1.0,
+            guidance_interval=settings.guidance_interval,
             noise=noise,
+            pag_scale=settings.pag_scale,
+            pag_adaptive_scale=settings.pag_adaptive_scale,
+            project=None if edit is None else edit.project(first, grid.sigmas),
         )
-
-
-def _remarks(settings: ResolvedRequest, drawn: tuple[int, int]) -> list[str]:
-    """Return what can be said about a request before it is carried out."""
-    empty = None if settings.prompt.strip() else "The prompt is empty, so nothing says what the picture should show."
-    return [text for text in (empty, cut_told(drawn, settings.height, settings.width)) if text is not None]
-
-
-def _conditions(parts: Parts, settings: ResolvedRequest, say: Callable[[str], None]) -> list[tuple[Tensor, Tensor]]:
-    """Encode the prompt, and before it the negative prompt if guidance needs one: embeds and mask of each."""
-    limit, clean = settings.max_prompt_tokens, settings.clean_caption
-    instruction = COMPLEX_HUMAN_INSTRUCTION if settings.instruction else None
-    positive = parts.prompts.encode([settings.prompt], instruction, limit, clean)
-    if positive.truncated[0]:
-        say(f"The prompt is longer than {limit} tokens; this end of it was not read: {shown(positive.truncated[0])}")
-    groups = [(positive.embeds, positive.mask)]
-    if settings.guidance > 1 and not parts.transformer.config.guidance_embeds:
-        negative = parts.prompts.encode([settings.negative_prompt], None, limit, clean)
-        groups.insert(0, (negative.embeds, negative.mask))
-    return groups

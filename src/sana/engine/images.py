@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from sana.engine.metadata import Level, png_info
+from sana.engine.pictures import upright_picture
 from sana.engine.png import write_png
 from sana.engine.request import Result
 from sana.engine.resolution import fitted_size
-from sana.errors import InvalidInput, NonFinite, NotWritten, SanaError, did_you_mean
+from sana.errors import InvalidInput, ModelNotFound, NonFinite, NotWritten, SanaError, did_you_mean
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES: tuple[str, ...] = get_args(OutputType)
@@ -201,6 +202,8 @@ def load_image(
 ) -> Image.Image:
     """Return a picture, upright and in RGB, from a path, an http(s) address or a PIL image.
 
+    PNG, JPEG and WebP files are read, of at most `pictures.MAX_PIXELS`.
+
     Args:
         image: where the picture is.
         convert_method: called instead of the conversion to RGB.
@@ -208,19 +211,15 @@ def load_image(
     Raises:
         InvalidInput: nothing is there, it is no picture, or the download exceeds 100 MB or 30 s of silence.
     """
-    if isinstance(image, str | Path):
-        source: Any = io.BytesIO(_download(image)) if str(image).startswith(("http://", "https://")) else image
-        try:
-            with Image.open(source) as opened:
-                picture = ImageOps.exif_transpose(opened)
-        except FileNotFoundError:
-            raise InvalidInput(f"There is no picture at {image}. Give a path or an http(s) address.") from None
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise InvalidInput(f"{image} cannot be read as a picture ({error}). Give a PNG file, say.") from error
-    elif isinstance(image, Image.Image):
-        picture = ImageOps.exif_transpose(image)
-    else:
+    if not isinstance(image, str | Path | Image.Image):
         raise InvalidInput(f"`image` must be a path, an http(s) address or a PIL image but is {type(image).__name__}.")
+    source: Any = image
+    if isinstance(image, str | Path) and str(image).startswith(("http://", "https://")):
+        source = io.BytesIO(_download(image))
+    try:
+        picture = upright_picture(source)
+    except ModelNotFound:
+        raise InvalidInput(f"There is no picture at {image}. Give a path or an http(s) address.") from None
     return convert_method(picture) if convert_method is not None else picture.convert("RGB")
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sana.checkpoints.weights import is_finite
-from sana.engine.images import write_atomically
+from sana.engine.canvas import Canvas, Kept
+from sana.engine.images import resize_and_crop, to_pictures, write_atomically
 from sana.engine.request import MAX_SEED, MAX_SIDE, ResolvedRequest
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 
@@ -41,6 +44,21 @@ class Finished:
     """Seed of each of the B pictures."""
     model: Mapping[str, Any]
     """What made them, as in `Result`."""
+    canvas: Canvas | None = None
+    """How the result lies on what was drawn, where it is no whole picture that was resized."""
+    kept: Kept | None = None
+    """What of a user's picture is laid over the result."""
+
+    def pictures(self, images_BCHW: Tensor) -> list[Image.Image]:
+        """Return the finished pictures of decoded images. Raises CheckpointError if their size is another one."""
+        if self.canvas is not None:
+            if tuple(images_BCHW.shape[-2:]) != self.canvas.drawn:
+                raise CheckpointError("The latents are not of the size that their record names. Draw the picture anew.")
+            images_BCHW = self.canvas.cut(images_BCHW)
+        else:
+            images_BCHW = resize_and_crop(images_BCHW, self.settings.height, self.settings.width)
+        made: list[Image.Image] = to_pictures(images_BCHW)
+        return made if self.kept is None else [self.kept.paste(picture) for picture in made]
 
 
 def save_latents(path: str | Path, finished: Finished, *, force: bool = False) -> Path:
@@ -59,6 +77,11 @@ def save_latents(path: str | Path, finished: Finished, *, force: bool = False) -
         "model": dict(finished.model),
     }
     tensors = {TENSOR: finished.latents.detach().to("cpu", torch.float32).contiguous()}
+    if finished.canvas is not None:
+        record["canvas"] = {"drawn": list(finished.canvas.drawn), "resized": finished.canvas.resized}
+    if finished.kept is not None:
+        tensors |= {"picture": torch.from_numpy(np.array(finished.kept.picture))}
+        tensors |= {"share": torch.from_numpy(finished.kept.share)}
     data = save(tensors, metadata={RECORD_KEY: json.dumps(record, ensure_ascii=False)})
 
     def write(file: BinaryIO) -> None:
@@ -83,26 +106,26 @@ def load_latents(path: str | Path) -> Finished:
         with safe_open(source, framework="pt", backend="pread") as file:
             text = (file.metadata() or {}).get(RECORD_KEY)
             names = list(file.keys())
-            if text is None or names != [TENSOR]:
+            if text is None or sorted(names) not in ([TENSOR], [TENSOR, "picture", "share"]):
                 raise _damaged(source, "it holds something else than finished latents")
-            latents: Tensor = file.get_tensor(TENSOR)
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise ModelNotFound(f"There is no file {str(source)[-200:]}. Check the name.") from None
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise _damaged(source, (str(error).splitlines() or ["no reason given"])[0][:100]) from None
-    finished = _read_record(source, text, latents)
+    finished = _read_record(source, text, tensors)
     _check(source, finished)
     return finished
 
 
-def _read_record(source: Path, text: str, latents: Tensor) -> Finished:
+def _read_record(source: Path, text: str, tensors: Mapping[str, Tensor]) -> Finished:
     try:
         record = json.loads(text) if len(text) <= MAX_RECORD else None
     except (ValueError, RecursionError):
         record = None
-    if not isinstance(record, dict) or set(record) != {"version", "request", "seeds", "model"}:
+    if not isinstance(record, dict) or set(record) - {"canvas"} != {"version", "request", "seeds", "model"}:
         raise _damaged(source, "its record cannot be read")
     if record["version"] != RECORD_VERSION or isinstance(record["version"], bool):
         raise CheckpointError(f"{source} was written by another version of sanakit. Update sanakit.")
@@ -115,7 +138,29 @@ def _read_record(source: Path, text: str, latents: Tensor) -> Finished:
         settings = ResolvedRequest.from_dict(request)
     except InvalidInput as error:
         raise _damaged(source, str(error).rstrip(".")) from None
-    return Finished(latents=latents, settings=settings, seeds=seeds, model=model)
+    canvas = _canvas(source, record["canvas"], settings) if "canvas" in record else None
+    kept = _kept(source, tensors, settings) if "share" in tensors else None
+    return Finished(latents=tensors[TENSOR], settings=settings, seeds=seeds, model=model, canvas=canvas, kept=kept)
+
+
+def _canvas(source: Path, told: Any, settings: ResolvedRequest) -> Canvas:
+    drawn: Any = told.get("drawn") if isinstance(told, dict) else None
+    fits = isinstance(drawn, list) and len(drawn) == 2 and all(type(side) is int for side in drawn)
+    if not fits or not isinstance(told.get("resized"), bool) or not all(0 < side <= 2 * MAX_SIDE for side in drawn):
+        raise _damaged(source, "its canvas cannot be read")
+    if not told["resized"] and (drawn[0] < settings.height or drawn[1] < settings.width):
+        raise _damaged(source, "its canvas is smaller than its picture")
+    return Canvas(height=settings.height, width=settings.width, drawn=(drawn[0], drawn[1]), resized=told["resized"])
+
+
+def _kept(source: Path, tensors: Mapping[str, Tensor], settings: ResolvedRequest) -> Kept:
+    picture, share = tensors["picture"], tensors["share"]
+    size = (settings.height, settings.width)
+    if picture.dtype != torch.uint8 or tuple(picture.shape) != (*size, 3):
+        raise _damaged(source, "its picture does not fit its request")
+    if share.dtype != torch.float32 or tuple(share.shape) != size or not bool(((share >= 0) & (share <= 1)).all()):
+        raise _damaged(source, "its mask does not fit its request")
+    return Kept(picture=Image.fromarray(picture.numpy()), share=share.numpy())
 
 
 def _check(source: Path, finished: Finished) -> None:

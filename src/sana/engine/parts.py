@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,18 @@ import torch
 import sana
 from sana.cards import CARDS, Card
 from sana.checkpoints import hub
-from sana.checkpoints.folder import COMPONENTS, DtypeChoice, load_parts
+from sana.checkpoints.folder import COMPONENTS, OPTIONAL, DtypeChoice, load_parts
 from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.layout import MODEL_INDEX, read_json
+from sana.checkpoints.original import base_folder, load_single_file
+from sana.engine.adapters import Adapters
 from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint
+from sana.engine.placement import WEIGHTED, Placement, modules_of, offload, pick_device, spread
+from sana.engine.sparing import check_memory, sparing
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
+from sana.memory.quantize import quantize
+from sana.memory.quantize_configs import for_parts
 from sana.text.gemma import PromptEncoder
 
 _log = logging.getLogger(__name__)
@@ -38,12 +46,16 @@ class Parts:
     vae: Any = None
     transformer: Any = None
     scheduler: Any = None
+    controlnet: Any = None
+    """A control network, several of them in a list, or None."""
     card: Card | None = None
     """The card of a known model, None for a folder of unknown origin."""
     name: str = "unnamed"
     """What the model is called in messages and metadata; never a path."""
     commit: str | None = None
     """Commit of the hub repository that the files came from."""
+    placement: Placement | None = None
+    """What brings the parts to the device while they are used; None where they always are there."""
     _prompts: PromptEncoder | None = field(default=None, init=False, repr=False)
 
     @property
@@ -59,13 +71,53 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer lies, or else any other part; the loop runs there."""
+        """Where the transformer lies while it is used, or else any other part; the loop runs there."""
+        if self.placement is not None:
+            return self.placement.device
         for name in ("transformer", "vae", "text_encoder"):
             part = getattr(self, name)
             if part is not None:
                 weight: torch.Tensor = next(part.parameters())
                 return weight.device
         return torch.device("cpu")
+
+    @contextmanager
+    def using(self, *names: str) -> Iterator[None]:
+        """Have the named parts on the device of the loop inside the `with` block; a model may have no controlnet."""
+        self.require(*(name for name in names if name not in OPTIONAL))
+        if self.placement is None:
+            yield
+        else:
+            with self.placement.using([one for name in names for one in modules_of(getattr(self, name))]):
+                yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have all weights in memory inside the `with` block, whatever the memory mode is, for saving them."""
+        if self.placement is None:
+            yield
+        else:
+            with self.placement.whole([one for name in WEIGHTED for one in modules_of(getattr(self, name))]):
+                yield
+
+    def save_memory(self, mode: str, device: torch.device | str = "auto") -> None:
+        """Let parts be there only while they are used: "low" whole ones, "lowest" single blocks; see `placement`.
+
+        Errors: InvalidInput for an unknown mode or device, and where the mode would have no effect.
+        """
+        offload(self, mode, pick_device(device))
+
+    def stay(self) -> None:
+        """Bring all parts to the device for good; undoes `save_memory`."""
+        if self.placement is not None:
+            self.placement.end()
+            self.placement = None
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the transformer: load, strengths, fuse, remove."""
+        self.require("transformer")
+        return Adapters(self.transformer)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was told, so that a clock means something."""
@@ -106,14 +158,18 @@ class Parts:
         return 1 << (len(self.vae.config.encoder_block_out_channels) - 1)
 
     def compile(self, cache_dir: str | Path | None = None) -> None:
-        """Let transformer and decoder run compiled from the next picture on, which takes longer for that.
+        """Let transformer, control network and decoder run compiled from the next picture on, which takes longer.
 
         Measured for the 0.6B transformer: see `sana.engine.compilation`, which also says what is kept in `cache_dir`.
 
         Raises:
             MissingDependency: there is no C++ compiler.
         """
-        compile_modules(self.transformer, self.vae, cache_dir)
+        if self.placement is not None:
+            raise InvalidInput("Compiled parts must stay in memory. Drop the memory mode, or do not compile.")
+        given = self.controlnet if isinstance(self.controlnet, list | tuple) else [self.controlnet]
+        networks = [network for network in given if network is not None]
+        compile_modules(self.transformer, self.vae, cache_dir, networks)
 
     def describe(self) -> dict[str, str]:
         """Return what goes into the metadata of a picture: model, dtypes, device and versions; no path and no user.
@@ -143,7 +199,7 @@ class Parts:
 def load(
     model: str | Path,
     *,
-    device: torch.device | str = "auto",
+    device: torch.device | str | Mapping[str, torch.device | str] = "auto",
     dtype: DtypeChoice = "card",
     variant: str | None = None,
     revision: str | None = None,
@@ -151,15 +207,24 @@ def load(
     local_files_only: bool = False,
     token: str | bool | None = None,
     use_safetensors: bool | None = None,
+    quantization_config: Any = None,
+    memory: str | None = None,
+    max_memory: int | None = None,
     **components: Any,
 ) -> Parts:
-    """Load a model by short name, folder or hub id.
+    """Load a model by short name, folder, hub id, or one file of the original layout.
 
     Args:
-        device: "auto" takes a GPU if there is one.
+        model: a file is a path or `hf://organisation/repository/path`; the other parts come from the folder around it
+            or from the published model.
+        device: "auto" takes a GPU if there is one, "balanced" all of them; or a mapping from part names.
         dtype: "card" takes what the model's card recommends, but float32 for transformer and VAE on a CPU that does
             not multiply bfloat16 in hardware; otherwise anything that `load_parts` takes: a dtype or its name, "auto"
             (as stored), or a mapping from part names.
+        quantization_config: see `memory.quantize_configs`: one for transformer and text encoder, or by part names.
+        memory: None has all parts on the device all the time, "low" and "lowest" save memory (see `placement`), "auto"
+            takes the first of these that fits into the free memory.
+        max_memory: bytes of the device that "auto" may count on, in place of what is free.
         components: parts taken as they are instead of being loaded.
 
     Raises:
@@ -167,32 +232,66 @@ def load(
         CheckpointError: the files are damaged or describe something else.
         InvalidInput: an argument is unknown or impossible.
     """
-    place = pick_device(device)
+    check_memory(memory, max_memory)
+    places = spread(device, (*COMPONENTS, *OPTIONAL))
+    where: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     located = hub.locate(
         model,
         parts=tuple(name for name in COMPONENTS if name not in components) if components else None,
+        optional=tuple(name for name in OPTIONAL if name not in components),
         variant=variant,
         use_safetensors=use_safetensors,
         revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
+        single=True,
+        **where,
     )
+    if located.file is not None:
+        more = {"memory": memory, "max_memory": max_memory, "quantization_config": quantization_config}
+        return _from_file(located, device, dtype, components, {**where, **more})
     card = located.card or card_in(located.folder)
-    loaded = load_parts(
-        located.folder,
-        torch_dtype=recommended_dtypes(card, place) if dtype == "card" else dtype,
-        variant=located.variant,
-        use_safetensors=use_safetensors,
-        device=place,
-        **components,
-    )
-    return Parts(
-        **{part: loaded.get(part) for part in COMPONENTS},
-        card=fitting(card, loaded["transformer"]),
-        name=_name(located, str(model), card),
-        commit=located.commit,
-    )
+    files: dict[str, Any] = {"variant": located.variant, "use_safetensors": use_safetensors}
+    files["torch_dtype"] = recommended_dtypes(card, places["transformer"]) if dtype == "card" else dtype
+    files["quantization_config"] = quantization_config
+
+    def read(to: Any) -> Parts:
+        loaded = load_parts(located.folder, device=to, **files, **components)
+        return Parts(
+            **{part: loaded.get(part) for part in (*COMPONENTS, *OPTIONAL)},
+            card=fitting(card, loaded["transformer"]),
+            name=_name(located, str(model), card),
+            commit=located.commit,
+        )
+
+    return read(places) if memory is None else sparing(read, memory, max_memory, places)
+
+
+def _from_file(
+    located: Located, device: Any, dtype: DtypeChoice, components: dict[str, Any], options: dict[str, Any]
+) -> Parts:
+    """Load the network of an original file, and what belongs to it from a folder."""
+    assert located.file is not None
+    place = spread(device, ("transformer",))["transformer"]
+    quantized = for_parts(options["quantization_config"])
+    chosen = recommended_dtypes(located.card, place) if dtype == "card" else dtype
+    single = load_single_file(located.file, name=located.name, card=located.card, dtype=chosen, device=place)
+    found = {"transformer": single.transformer, "controlnet": single.controlnet}
+    networks = {name: network for name, network in found.items() if network is not None}
+    if "transformer" not in networks:
+        raise CheckpointError(f"{located.file} holds no transformer. Name the model it belongs to, and load it there.")
+    for name, network in networks.items():
+        if name in quantized:
+            quantize(network, quantized.pop(name))
+    folder: Any = base_folder(located) or (single.base.name if single.base is not None else None)
+    if folder is None:
+        raise CheckpointError(
+            f"{located.file} has an architecture that no published model has, so its text encoder is unknown. Put it"
+            " into the folder of its model, or load the parts one by one."
+        )
+    options = {**options, "quantization_config": quantized or None}
+    parts = load(folder, device=device, dtype=dtype, **{**options, **networks, **components})
+    parts.card = fitting(single.card, parts.transformer) if single.card is not None else parts.card
+    parts.name, parts.commit = Path(located.name or located.file.name).name, located.commit
+    return parts
 
 
 def _name(located: Located, model: str, card: Card | None) -> str:
@@ -203,24 +302,6 @@ def _name(located: Located, model: str, card: Card | None) -> str:
         return card.name
     folder = located.folder.resolve()
     return folder.name if folder.name not in CARDS else f"{folder.parent.name}/{folder.name}"
-
-
-def pick_device(device: torch.device | str) -> torch.device:
-    """Return the device of that name; "auto" and "balanced" take a GPU if there is one, else the CPU.
-
-    Raises:
-        InvalidInput: there is no such device.
-    """
-    if device in ("auto", "balanced"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(
-            f"`device` {str(device)!r} cannot be used ({str(error).splitlines()[0]}). Use 'cpu'."
-        ) from error
-    return place
 
 
 def recommended_dtypes(card: Card | None, device: torch.device) -> DtypeChoice:

@@ -1,18 +1,19 @@
 """The network as the loop sees it: `predict(x, i)`, with everything that does not change between steps computed once.
 
-Shapes: B latents, R rows of a forward pass (B, or 2 B under guidance: unconditional first), U distinct captions,
-T caption length, E text width, C H W latents, n steps.
+Shapes: B latents, R rows of captions (B, or 2 B under guidance: unconditional first), C H W latents, n steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sana.engine.captions import Captions as Captions
+from sana.engine.captions import Text, padded
 from sana.engine.compilation import is_compiled
+from sana.engine.controls import Control as Control
+from sana.engine.controls import ControlBranch, Residuals, add_up
 from sana.errors import InvalidInput
 from sana.models.linear_dit import Modulation
 
@@ -22,87 +23,40 @@ COMPILED_TEXT_MULTIPLE = 64
 """Captions are padded to a multiple of this for compiled code, which is made for one length."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Captions:
-    """The encoded captions of a batch; captions that several rows share are held once."""
-
-    embeds: Tensor
-    """[U, T, E], padded to the longest caption of the batch only."""
-    mask: Tensor
-    """[U, T], 1 at tokens and 0 at padding."""
-    rows: tuple[int, ...]
-    """Which caption each of the R rows reads."""
-
-    def __post_init__(self) -> None:
-        if self.embeds.ndim != 3 or self.mask.shape != self.embeds.shape[:2]:
-            raise InvalidInput(
-                f"Captions need embeds [U, T, E] and a mask [U, T], but got {list(self.embeds.shape)} and"
-                f" {list(self.mask.shape)}. Pass the mask that belongs to the embeds."
-            )
-
-    @classmethod
-    def stack(cls, groups: Sequence[tuple[Tensor, Tensor]], repeat: int = 1) -> "Captions":
-        """Join groups of captions (embeds [g, t, E], mask [g, t]) in their order, each caption for `repeat` rows."""
-        length = max(mask.shape[1] for _, mask in groups)
-        device, dtype = groups[-1][0].device, groups[-1][0].dtype
-        count = sum(len(mask) for _, mask in groups)
-        embeds = torch.zeros(count, length, groups[-1][0].shape[2], device=device, dtype=dtype)
-        mask = torch.zeros(count, length, device=device, dtype=groups[-1][1].dtype)
-        start = 0
-        for one_embeds, one_mask in groups:
-            stop = start + len(one_mask)
-            embeds[start:stop, : one_mask.shape[1]] = one_embeds
-            mask[start:stop, : one_mask.shape[1]] = one_mask
-            start = stop
-        return cls(embeds=embeds, mask=mask, rows=tuple(row for row in range(count) for _ in range(repeat)))
-
-    def trimmed(self) -> "Captions":
-        """Return the captions without positions that are masked in every row; exact, because masked keys weigh nothing.
-
-        A row without any token reads all of its positions in the published models, so nothing is dropped then.
-        """
-        used = self.mask != 0
-        keep = used.any(dim=0)
-        if bool(keep.all()) or not bool(used.any(dim=1).all()):
-            return self
-        return replace(self, embeds=self.embeds[:, keep], mask=self.mask[:, keep])
-
-
-def padded(captions: Captions, multiple: int) -> Captions:
-    """Return the captions padded to a length that `multiple` divides; exact, because masked keys weigh nothing.
-
-    A row without any token reads all of its positions in the published models, so nothing is added then.
-    """
-    extra = -captions.mask.shape[1] % multiple
-    if not extra or not bool((captions.mask != 0).any(dim=1).all()):
-        return captions
-    return replace(captions, embeds=F.pad(captions.embeds, (0, 0, 0, extra)), mask=F.pad(captions.mask, (0, extra)))
-
-
 class Predictor:
     """The guided loop's network: `predict(x, i, guided=...)` is one forward pass of the transformer at step i.
 
-    Caption projection, the keys and values of all cross-attentions and the modulation of all steps are computed when
-    the captions are set, not per step.
+    Caption projection, the keys and values of all cross-attentions, the modulation of all steps and the embedded
+    controls are computed when the captions are set, not per step.
 
     Args:
         transformer: a `LinearDiT`.
         timesteps: [n], as the sampler's grid holds them; the model's `timestep_scale` is applied here.
         captions: with 2 B rows, the B unconditional ones first, or with B rows.
         guidance: scale for models that embed it (SANA-Sprint), times `guidance_embeds_scale` here.
+        perturbed_layers: blocks whose self-attention the perturbed rows skip (see `sana.models.linear_dit.pag_layers`).
+        controls: control networks whose residuals are added up.
 
     Raises:
-        InvalidInput: the transformer is of another kind, or the captions are of another width than it was trained on.
+        InvalidInput: the transformer is of another kind, the captions are of another width than it was trained on, or a
+            control network does not fit or would never act.
     """
 
     def __init__(
-        self, transformer: Any, timesteps: Tensor, captions: Captions, *, guidance: float | None = None
+        self,
+        transformer: Any,
+        timesteps: Tensor,
+        captions: Captions,
+        *,
+        guidance: float | None = None,
+        perturbed_layers: Sequence[int] = (),
+        controls: Sequence[Control] = (),
     ) -> None:
         for name in ("encode_caption", "cross_attention_kv", "modulation", "denoise"):
             if not hasattr(transformer, name):
                 kind = type(transformer).__name__
                 raise InvalidInput(f"The transformer is a {kind}, which has no `{name}`. Use a SanaTransformer2DModel.")
-        self.transformer = transformer
+        self.transformer, self.perturbed_layers = transformer, tuple(perturbed_layers)
         weight = next(p for p in transformer.parameters() if p.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
         config = transformer.config
@@ -114,6 +68,7 @@ class Predictor:
             embedded = scale * config.guidance_embeds_scale
         with torch.no_grad():
             self._modulation = transformer.modulation(told, embedded)
+            self._controls = [ControlBranch(control, transformer, timesteps) for control in controls]
         self._read(captions)
 
     def use(self, captions: Captions) -> None:
@@ -134,32 +89,68 @@ class Predictor:
             captions = padded(captions, COMPILED_TEXT_MULTIPLE)
         elif self.device.type == "cpu":
             captions = padded(captions, CPU_TEXT_MULTIPLE)
-        caption = self.transformer.encode_caption(captions.embeds.to(self.device, self.dtype))
-        kv = self.transformer.cross_attention_kv(caption)
-        mask = captions.mask.to(self.device)
-        if captions.rows != tuple(range(len(mask))):
-            rows = torch.tensor(captions.rows, device=self.device)
-            kv = tuple((key[rows], value[rows]) for key, value in kv)
-            mask = mask[rows]
-        self._kv = kv
-        # Without padding no mask is needed, and the attention kernels are faster without.
-        self._mask = None if bool((mask == 1).all()) else mask
+        self._text = Text.of(self.transformer, captions, self.device, self.dtype)
+        self._text_again: dict[int, Text] = {}
+        for control in self._controls:
+            control.read(captions)
 
-    def __call__(self, x: Tensor, i: int, *, guided: bool) -> Tensor:
-        """Return velocities of latents [B, C, H, W] at step i: [2 B, ...] if guided, else the B conditional ones."""
-        batch = len(x)
-        total = len(self.captions.rows)
+    def __call__(self, x: Tensor, i: int, *, guided: bool, perturbed: bool = False) -> Tensor:
+        """Return velocities of latents [B, C, H, W] at step i, in groups of B rows.
+
+        Unconditional rows come first if `guided`, then the conditional ones, then perturbed ones if `perturbed`.
+        """
+        batch, total = len(x), len(self.captions.rows)
         if total not in ((2 * batch,) if guided else (batch, 2 * batch)):
             raise InvalidInput(
                 f"{total} caption rows do not fit {batch} latents. Give one per latent, or two with guidance."
             )
-        kv, mask = self._kv, self._mask
-        if not guided and total != batch:
-            kv = tuple((key[-batch:], value[-batch:]) for key, value in kv)
-            mask = mask if mask is None else mask[-batch:]
-        latents = torch.cat([x, x]) if guided else x
+        first = 0 if guided else total - batch
+        residuals = self._residuals(x, i, first)
+        if not perturbed:
+            return self._run(x, i, self._text.since(first), residuals)
+        if batch not in self._text_again:
+            self._text_again[batch] = self._text.with_last_again(batch)
+        return self._run(x, i, self._text_again[batch].since(first), residuals, again=batch)
+
+    def one_by_one(self, x: Tensor, i: int) -> Tensor:
+        """Return the B conditional and then the B perturbed velocities, computed in a pass each."""
+        first = len(self.captions.rows) - len(x)
+        residuals, text = self._residuals(x, i, first).kept(), self._text.since(first)
+        return torch.cat([self._run(x, i, text, residuals), self._run(x, i, text, residuals, again=0)])
+
+    def _run(self, x: Tensor, i: int, text: Text, residuals: Residuals, again: int | None = None) -> Tensor:
+        """Run the transformer on the rows of `text`; `again` as `perturbed_rows` there, None perturbs nothing."""
+        rows = text.rows - (again or 0)
+        latents = x if rows == len(x) else torch.cat([x, x])
+        options: dict[str, Any] = {}
+        if again is not None:
+            if not self.perturbed_layers:
+                raise InvalidInput("No layer is perturbed. Name some with `perturbed_layers`, or leave PAG off.")
+            options = {"perturbed_layers": self.perturbed_layers, "perturbed_rows": again}
+        if residuals.samples:
+            options["controlnet_block_samples"] = residuals.samples
+        if residuals.branch is not None:
+            options["branch"] = residuals.branch
         modulation = Modulation(*(tensor[i : i + 1] for tensor in self._modulation))
-        velocity: Tensor = self.transformer.denoise(latents.to(self.device, self.dtype), modulation, kv, mask)
+        velocity: Tensor = self.transformer.denoise(
+            latents.to(self.device, self.dtype), modulation, text.kv, text.mask, **options
+        )
+        # As published, branches are combined in float32, whatever the network computes in.
+        velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
         # A model that also predicts a variance puts it into the second half of its channels.
         channels = x.shape[1]
         return velocity[:, :channels] if velocity.shape[1] // 2 == channels else velocity
+
+    def _residuals(self, x: Tensor, i: int, first: int) -> Residuals:
+        """Return what the controls that act in step i add to the caption rows from `first` on."""
+        acting = [control for control in self._controls if control.acts[i]]
+        native = [control for control in acting if control.native]
+        samples = [control.from_latents(x, i, first) for control in acting if not control.native]
+
+        def branch(tokens: Tensor) -> list[Tensor]:
+            return self._fitting(add_up([control.from_tokens(tokens, x, i, first) for control in native]))
+
+        return Residuals(samples=self._fitting(add_up(samples)), branch=branch if native else None)
+
+    def _fitting(self, residuals: list[Tensor]) -> list[Tensor]:
+        return [residual.to(self.device, self.dtype) for residual in residuals]

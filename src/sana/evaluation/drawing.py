@@ -11,11 +11,12 @@ from torch import Tensor
 
 from sana.data.cutouts import SIZE
 from sana.engine.decode import decode
-from sana.engine.generate import Plan, Reply, denoise, drawn_size
+from sana.engine.generate import Plan, Reply, denoise
 from sana.engine.images import resize_and_crop, to_pictures
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions, Predictor
 from sana.engine.request import Request, ResolvedRequest, SamplerName
+from sana.engine.start import drawn_size
 from sana.evaluation.seams import Draw, Picture, Restore
 from sana.flow.path import draw_noise
 from sana.flow.samplers import Step, find_sampler

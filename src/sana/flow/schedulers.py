@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sana.errors import InvalidInput
-from sana.flow.adapter import AnyScheduler, SchedulerSampler, set_timesteps
+from sana.flow.adapter import AnyScheduler, SchedulerSampler, begin_at, set_angles, set_timesteps
 from sana.flow.path import SIGMA_DATA, Generators, draw_noise
 from sana.flow.samplers import Prediction, dpm_order, dpm_update
 from sana.flow.scheduler_base import Device, Face, SchedulerConfig, SchedulerOutput, SCMSchedulerOutput
@@ -44,6 +44,8 @@ __all__ = [
     "SchedulerConfig",
     "SchedulerOutput",
     "SchedulerSampler",
+    "begin_at",
+    "set_angles",
     "set_timesteps",
 ]
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from sana.errors import InvalidInput
-from sana.flow.path import sigma_from_angle
+from sana.flow.path import angle_from_sigma, sigma_from_angle
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_ANGLE = 1.57080
 MIDDLE_ANGLE = 1.3
 
+PURE_NOISE = 0.99
+"""Sigma from which on a picture that is noised to it leaves no trace."""
 _SIGMA_CEILING = 1 + 1e-5  # the published first angle 1.57080 lies 4e-6 beyond pi/2
 
 Numbers = Sequence[float] | Tensor
@@ -39,6 +41,8 @@ class Grid:
     """Noise levels [n + 1], float32 on the CPU, never rising, from at most 1 down to at least 0."""
     timesteps: Tensor
     """What the network is told at each step [n], int64 or float32 on the CPU."""
+    trig: bool = False
+    """Whether the levels are those of TrigFlow angles, and the timesteps the levels themselves (SANA-Sprint)."""
 
     def __post_init__(self) -> None:
         sigmas, timesteps = self.sigmas, self.timesteps
@@ -76,18 +80,51 @@ class Grid:
     def tail(self, strength: float) -> "Grid":
         """Return the last `strength` (0 to 1) of the steps, for image-to-image; the run starts at its `sigmas[0]`.
 
-        int(max(n - min(n strength, n), 0)) steps are skipped, as the documented pipelines count. Raises InvalidInput.
+        Steps are counted and a start within the first step is placed as `tail_levels` does. Raises InvalidInput.
         """
-        if not 0 <= strength <= 1:
-            raise InvalidInput(f"The value of strength should in [0.0, 1.0] but is {strength}")
-        wanted = min(self.num_steps * strength, self.num_steps)
-        start = int(max(self.num_steps - wanted, 0))
-        if start >= self.num_steps:
-            raise InvalidInput(
-                f"After adjusting the num_inference_steps by strength parameter: {strength}, no step is left of "
-                f"{self.num_steps}. Raise the strength or the number of steps."
-            )
-        return Grid(sigmas=self.sigmas[start:], timesteps=self.timesteps[start:])
+        levels = angle_from_sigma(self.sigmas) if self.trig else self.sigmas
+        skipped, left = tail_levels(levels, strength, trig=self.trig)
+        sigmas, timesteps = self.sigmas[skipped:].clone(), self.timesteps[skipped:].clone()
+        if not torch.equal(left[0], levels[skipped]):
+            sigmas[0] = sigma_from_angle(left[0]) if self.trig else left[0]
+            if self.trig:
+                timesteps[0] = sigmas[0]
+            elif timesteps.dtype == torch.int64:  # whole numbers are truncated, as those of the grid are
+                timesteps[0] = int(sigmas[0].item() * NUM_TRAIN_TIMESTEPS + 1e-4)
+            else:
+                timesteps[0] = _within_first(torch.cat([self.timesteps, torch.zeros(1)]), strength)
+        return Grid(sigmas=sigmas, timesteps=timesteps, trig=self.trig)
+
+
+def tail_levels(levels: Tensor, strength: float, *, trig: bool = False) -> tuple[int, Tensor]:
+    """Return how many of n steps image-to-image skips, and the levels [n - skipped + 1] of the others.
+
+    Levels are sigmas, or with `trig` the TrigFlow angles of SANA-Sprint, [n + 1]. int(max(n - min(n strength, n), 0))
+    steps are skipped, as the documented pipelines count. Where that skips none although the strength is below 1, and
+    the first level is pure noise, the reference never sees the picture; here the first level is then the point at
+    n (1 - strength) of the way from the first level to the second, so that the effect grows without a jump up to 1.
+    Raises InvalidInput.
+    """
+    if not 0 <= strength <= 1:
+        raise InvalidInput(f"The value of strength should in [0.0, 1.0] but is {strength}")
+    num_steps = len(levels) - 1
+    wanted = min(num_steps * strength, num_steps)
+    skipped = int(max(num_steps - wanted, 0))
+    if skipped >= num_steps:
+        raise InvalidInput(
+            f"After adjusting the num_inference_steps by strength parameter: {strength}, no step is left of "
+            f"{num_steps}. Raise the strength or the number of steps."
+        )
+    left = levels[skipped:].clone()
+    sigma = sigma_from_angle(levels[0]) if trig else levels[0]
+    if skipped == 0 and strength < 1 and sigma.item() >= PURE_NOISE:
+        left[0] = _within_first(levels, strength)
+    return skipped, left
+
+
+def _within_first(levels: Tensor, strength: float) -> Tensor:
+    """Return the point within the first of n steps at which the last n `strength` of them begin."""
+    return torch.lerp(levels[0], levels[1], min((len(levels) - 1) * (1 - strength), 1.0))
 
 
 def shift_sigma(sigma: Value, shift: float) -> Value:
@@ -173,7 +210,7 @@ def scm_grid(
 def trig_grid(angles: Tensor) -> Grid:
     """Return the grid in flow coordinates of TrigFlow angles [n + 1]; the network is told the level itself."""
     sigmas = sigma_from_angle(angles.float().cpu())
-    return Grid(sigmas=sigmas, timesteps=sigmas[:-1].clone())
+    return Grid(sigmas=sigmas, timesteps=sigmas[:-1].clone(), trig=True)
 
 
 def custom_grid(

@@ -7,197 +7,37 @@ convolutions then read the same layout, which halves the time of a bfloat16 pass
 are written in NHWC order because of batches of one: there the strides of an NCHW sum would not tell its layout.
 """
 
-from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.config import AutoencoderConfig
 from sana.errors import InvalidInput
-from sana.models.outputs import DecoderOutput, EncoderOutput
-from sana.nn.head_attention import attend_by_heads, linear_attention, quadratic_attention
-from sana.nn.inference import bare, lean, unhooked
-from sana.nn.mixffn import GLUMBConv
-from sana.nn.norms import ChannelRMSNorm
-from sana.nn.rows import (
-    ConvRows,
-    Link,
-    NormRows,
-    ResidualRows,
-    UpsampleRows,
-    compute_rows,
-    large,
-    local,
-    nearest_corners,
-    shuffled_corners,
+from sana.models.dc_ae_blocks import (
+    ACTIVATION_FUNCTIONS,
+    NORM_EPS,
+    DownBlock,
+    Step,
+    UpBlock,
+    average_groups,
+    leading_links,
+    make_block,
+    step_of,
+    steps_of,
 )
+from sana.models.outputs import DecoderOutput, EncoderOutput
+from sana.nn.inference import lean, unhooked
+from sana.nn.norms import ChannelRMSNorm
+from sana.nn.rows import Link, NormRows, Part, Whole, compute_rows, large, local, still, stream
 
-_NORM_EPS = 1e-5
-_MANY_PIXELS = 2048  # of fewer, upsampling by corners takes longer to prepare than it saves
+STREAMED_PIXELS = 2 << 20
+"""Pictures of more pixels than this, all of a call together, are computed in strips of rows by default.
 
-
-class ResBlock(nn.Module):
-    """Two 3×3 convolutions with the norm after the second, [B, C, H, W] -> same."""
-
-    def __init__(self, channels: int, norm_type: str = "rms_norm", act_fn: str = "silu") -> None:
-        super().__init__()
-        self.act = ACTIVATION_FUNCTIONS[act_fn]
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = NORMS[norm_type](channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.conv2(self.act(self.conv1(x))))
-        return x + out
-
-    def rows(self, dtype: torch.dtype, fused: bool = False) -> Link | None:
-        """Return how this block joins a chain that computes strips of rows, None if it must be called."""
-        if unhooked(self) and bare(dtype, self.conv1, self.conv2) and local(self.norm, dtype):
-            return Link(partial(ResidualRows, self.conv1, self.act, self.conv2, self.norm, fused))
-        return None
-
-
-class MultiscaleProjection(nn.Module):
-    """Aggregate neighbouring tokens: depthwise k×k, then 1×1 within each head's channels; [B, 3C, H, W] -> same."""
-
-    def __init__(self, channels: int, num_heads: int, kernel_size: int) -> None:
-        super().__init__()
-        width = 3 * channels
-        self.proj_in = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width, bias=False)
-        self.proj_out = nn.Conv2d(width, width, 1, groups=3 * num_heads, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj_out(self.proj_in(x))
-        return out
-
-
-class MultiscaleLinearAttention(nn.Module):
-    """ReLU attention over all positions and several scales, with norm and residual, [B, C, H, W] -> same.
-
-    `to_q`, `to_k`, `to_v` are the three thirds of one projection whose channels are interleaved by head: head g owns
-    3·d consecutive channels of the concatenation, and only those are q, k and v (the published layout).
-    """
-
-    def __init__(self, channels: int, head_dim: int, kernel_sizes: tuple[int, ...], norm_type: str) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        num_heads = channels // head_dim
-        inner = num_heads * head_dim
-        self.to_q = nn.Linear(channels, inner, bias=False)
-        self.to_k = nn.Linear(channels, inner, bias=False)
-        self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(inner, num_heads, size) for size in kernel_sizes)
-        self.to_out = nn.Linear(inner * (1 + len(kernel_sizes)), channels, bias=False)
-        self.norm_out = NORMS[norm_type](channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if height * width > self.head_dim and lean(x) and bare(x.dtype, self.to_q, self.to_k, self.to_v):
-            return self._lean(x)
-        x_BHWC = x.movedim(1, -1)
-        qkv = torch.cat([self.to_q(x_BHWC), self.to_k(x_BHWC), self.to_v(x_BHWC)], dim=-1).movedim(-1, 1)
-        scales = torch.cat([qkv, *(project(qkv) for project in self.to_qkv_multiscale)], dim=1)
-        tokens = scales.movedim(1, -1).flatten(1, 2)
-        heads = torch.unflatten(tokens, -1, (-1, 3 * self.head_dim)).transpose(1, 2)
-        q, k, v = heads.chunk(3, dim=-1)  # each [B, G, N, d]
-        q, k = F.relu(q), F.relu(k)
-        # Both are the same function, but round differently: the choice is that of the published models.
-        attend = linear_attention if height * width > self.head_dim else quadratic_attention
-        out_BHWC = torch.unflatten(attend(q, k, v).transpose(1, 2).flatten(2), 1, (height, width))
-        out: Tensor = self.norm_out(self.to_out(out_BHWC).movedim(-1, 1))
-        return x + out
-
-    def _lean(self, x: Tensor) -> Tensor:
-        """Compute the same values without ever laying all scales or all float32 copies next to each other."""
-        joined = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-        qkv = F.linear(x.movedim(1, -1), joined).movedim(-1, 1)
-        inner = len(self.to_q.weight)
-        mixed = x.new_empty(len(x), *x.shape[-2:], inner * (1 + len(self.to_qkv_multiscale)))
-        scales = [qkv, *(project(qkv) for project in self.to_qkv_multiscale)]
-        for scale, place in zip(scales, torch.split(mixed.flatten(1, 2), inner, dim=-1), strict=True):
-            attend_by_heads(scale.movedim(1, -1).flatten(1, 2), self.head_dim, place)
-        out: Tensor = self.norm_out(self.to_out(mixed).movedim(-1, 1))
-        return x + out
-
-
-class EfficientViTBlock(nn.Module):
-    """Global linear attention, then a gated convolutional feed-forward, [B, C, H, W] -> same."""
-
-    def __init__(self, channels: int, head_dim: int, kernel_sizes: tuple[int, ...], norm_type: str) -> None:
-        super().__init__()
-        self.attn = MultiscaleLinearAttention(channels, head_dim, kernel_sizes, norm_type)
-        self.conv_out = GLUMBConv(channels, channels, expand_ratio=4, norm=True, residual=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv_out(self.attn(x))
-        return out
-
-
-class DownBlock(nn.Module):
-    """Halve both sides, [B, C, 2H, 2W] -> [B, O, H, W]; the shortcut averages space-to-depth channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, unshuffle: bool, shortcut: bool = True) -> None:
-        super().__init__()
-        self.unshuffle = unshuffle
-        self.shortcut = shortcut
-        if unshuffle:
-            self.conv = nn.Conv2d(in_channels, out_channels // 4, 3, padding=1)
-        else:
-            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        if self.unshuffle:
-            out = F.pixel_unshuffle(out, 2)
-        if self.shortcut:
-            out = out + _average_groups(F.pixel_unshuffle(x, 2), out.shape[1])
-        return out
-
-
-def _average_groups(x: Tensor, num_groups: int) -> Tensor:
-    """Average groups of consecutive channels, [B, C, H, W] -> [B, num_groups, H, W]."""
-    return torch.unflatten(x.movedim(1, -1), -1, (num_groups, -1)).mean(dim=-1).movedim(-1, 1)
-
-
-class UpBlock(nn.Module):
-    """Double both sides, [B, C, H, W] -> [B, O, 2H, 2W]; the shortcut is depth-to-space of repeated channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, interpolate: bool, shortcut: bool = True) -> None:
-        super().__init__()
-        self.interpolate = interpolate
-        self.shortcut = shortcut
-        self.out_channels = out_channels
-        self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor
-        many = self.interpolate and x.shape[-2:].numel() >= _MANY_PIXELS
-        if many and lean(x) and (link := self.rows(x.dtype)):
-            return compute_rows(x, [link], self.out_channels)
-        if self.interpolate:
-            out = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        else:
-            out = F.pixel_shuffle(self.conv(x), 2)
-        return self._add_shortcut(out, x) if self.shortcut else out
-
-    def rows(self, dtype: torch.dtype, fused: bool = False) -> Link | None:
-        """Return how this block joins a chain that computes strips of rows, None if it must be called."""
-        if unhooked(self) and bare(dtype, self.conv):
-            corners = nearest_corners(self.conv) if self.interpolate else shuffled_corners(self.conv)
-            return Link(partial(UpsampleRows, corners, self.shortcut), zoom=2.0)
-        return None
-
-    @staticmethod
-    def _add_shortcut(out: Tensor, x: Tensor) -> Tensor:
-        """Add without ever making the repeated and shuffled tensor: it is a broadcast view of `x`."""
-        batch, channels, height, width = x.shape
-        repeats = 4 * out.shape[1] // channels
-        copies = x.movedim(1, -1).unsqueeze(-1).expand(-1, -1, -1, -1, repeats)
-        copies = copies.reshape(batch, height, width, -1, 2, 2).permute(0, 1, 4, 2, 5, 3)
-        cells = torch.unflatten(torch.unflatten(out.movedim(1, -1), 2, (width, 2)), 1, (height, 2))
-        return (cells + copies).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # the sum is [B, H, 2, W, 2, O]
+So many take about 600 MB above the weights as a whole, in bfloat16 on a CPU, and 4096x4096 would take 4 GB. Strips need
+1.6 GB there; below this number they save nothing.
+"""
 
 
 class Encoder(nn.Module):
@@ -209,6 +49,7 @@ class Encoder(nn.Module):
         unshuffle = config.downsample_block_type == "pixel_unshuffle"
         self.latent_channels = config.latent_channels
         self.out_shortcut = config.encoder_out_shortcut
+        self.width = widths[0] if layers[0] else widths[1] // 4
         self.conv_in = (
             nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
             if layers[0]
@@ -226,13 +67,40 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if lean(x) and large(x.shape[-2:].numel() * self.width, x.dtype):
+            steps = self._steps(x.dtype)
+            links = leading_links(steps)
+            if links:
+                x = compute_rows(x, list(chain(*links)))
+            for step in steps[len(links) :]:
+                x = step.call(x)
+            return self._last(x)
         x = self.conv_in(x.clone(memory_format=torch.channels_last))
         for stage in self.down_blocks:
             x = stage(x)
+        return self._last(x)
+
+    def stream(self, x: Tensor, frugal: bool = False) -> Tensor:
+        """Do what `forward` does in strips of rows, picture by picture; see `sana.nn.rows.stream`."""
+        parts = list(chain(*(step.parts for step in self._steps(x.dtype))))
+        inner = [stream(picture, parts, frugal=frugal) for picture in x.movedim(1, -1)]
+        return self._last(torch.stack(inner).movedim(-1, 1))
+
+    def can_stream(self, dtype: torch.dtype) -> bool:
+        """Whether the stage at full resolution takes strips of rows."""
+        return len(leading_links(self._steps(dtype))) > 1
+
+    def _last(self, x: Tensor) -> Tensor:
         latent: Tensor = self.conv_out(x)
         if self.out_shortcut:
-            latent = latent + _average_groups(x, self.latent_channels)
+            latent = latent + average_groups(x, self.latent_channels)
         return latent
+
+    def _steps(self, dtype: torch.dtype) -> list[Step]:
+        steps = [step_of(self.conv_in, dtype)]
+        for stage in self.down_blocks:
+            steps += steps_of(stage, dtype)
+        return steps
 
 
 class Decoder(nn.Module):
@@ -263,8 +131,9 @@ class Decoder(nn.Module):
             ]
             self.up_blocks.append(nn.Sequential(*stage))
         last_width = widths[0] if layers[0] else widths[1]
-        self.last_scale = config.spatial_compression_ratio // (1 if layers[0] else 2)
-        self.norm_out = ChannelRMSNorm(last_width, _NORM_EPS, bias=True)
+        self.ratio = config.spatial_compression_ratio
+        self.last_scale = self.ratio // (1 if layers[0] else 2)
+        self.norm_out = ChannelRMSNorm(last_width, NORM_EPS, bias=True)
         self.conv_out = (
             nn.Conv2d(last_width, config.in_channels, 3, padding=1)
             if layers[0]
@@ -272,20 +141,51 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
+        x = self._first(z)
+        last_pixels = z.shape[-2:].numel() * self.last_scale**2
+        if lean(z) and large(last_pixels * len(self.norm_out.weight), z.dtype):
+            steps = self._steps(z.dtype)
+            links = leading_links(steps[::-1])[::-1]
+            for step in steps[: len(steps) - len(links)]:
+                x = step.call(x)
+            return compute_rows(x, list(chain(*links))) if links else x
+        for stage in reversed(self.up_blocks):
+            x = stage(x)
+        out: Tensor = self.conv_out(self.act(self.norm_out(x)))
+        return out
+
+    def stream(self, z: Tensor, frugal: bool = False) -> Tensor:
+        """Do what `forward` does in strips of rows, picture by picture; see `sana.nn.rows.stream`."""
+        x = self._first(z).movedim(1, -1)
+        parts = list(chain(*(step.parts for step in self._steps(z.dtype))))
+        height, width = (side * self.ratio for side in z.shape[-2:])
+        out = x.new_empty(len(x), height, width, self.out_channels)
+        for picture, place in zip(x, out, strict=True):
+            stream(picture, parts, place, frugal=frugal)
+        return out.movedim(-1, 1)
+
+    def can_stream(self, dtype: torch.dtype) -> bool:
+        """Whether the stage at full resolution takes strips of rows."""
+        return len(leading_links(self._steps(dtype)[::-1])) > 2
+
+    def _first(self, z: Tensor) -> Tensor:
         z = z.clone(memory_format=torch.channels_last)
         x: Tensor = self.conv_in(z)
         if self.in_shortcut:
             groups = torch.unflatten(x.movedim(1, -1), -1, (z.shape[1], -1))
             x = (groups + z.movedim(1, -1).unsqueeze(-1)).flatten(-2).movedim(-1, 1)
-        last_pixels = z.shape[-2:].numel() * self.last_scale**2
-        by_rows = lean(z) and large(last_pixels * len(self.norm_out.weight), z.dtype)
-        links = self._links(z.dtype) if by_rows else []
-        for stage in reversed(self.up_blocks[max(0, len(links) - 1) :]):
-            x = stage(x)
-        if links:
-            return compute_rows(x, [link for stage in reversed(links) for link in stage], self.out_channels)
-        out: Tensor = self.conv_out(self.act(self.norm_out(x)))
-        return out
+        return x
+
+    def _steps(self, dtype: torch.dtype) -> list[Step]:
+        steps: list[Step] = []
+        for stage in reversed(self.up_blocks):
+            steps += steps_of(stage, dtype, self.fused_rows)
+        link = Link(partial(NormRows, self.norm_out, self.act, self.fused_rows), len(self.norm_out.weight))
+        norm: Part = link if local(self.norm_out, dtype) else Whole(self._end)
+        return [*steps, Step(self._end, [norm]), step_of(self.conv_out, dtype)]
+
+    def _end(self, x: Tensor) -> Tensor:
+        return self.act(self.norm_out(x))
 
     def compile_rows(self) -> None:
         """From now on compute norms, with what is next to them, by compiled code; on a CPU, in inference.
@@ -294,29 +194,6 @@ class Decoder(nn.Module):
         compiled are slower than strips, measured in bfloat16. The first picture takes seconds longer.
         """
         self.fused_rows = True
-
-    def _links(self, dtype: torch.dtype) -> list[list[Link]]:
-        """Return the output layers and, as stored, the first stages as long as nothing in them is global.
-
-        In the published models 85 % of the work is in these stages.
-        """
-        last: Link | None = None
-        if isinstance(self.conv_out, UpBlock):
-            last = self.conv_out.rows(dtype)
-        elif bare(dtype, self.conv_out):
-            last = Link(partial(ConvRows, self.conv_out))
-        if last is None or not local(self.norm_out, dtype):
-            return []
-        links = [[Link(partial(NormRows, self.norm_out, self.act, self.fused_rows)), last]]
-        for stage in self.up_blocks:
-            made: list[Link] = []
-            for block in stage.children():
-                link = block.rows(dtype, self.fused_rows) if isinstance(block, ResBlock | UpBlock) else None
-                if link is None or not unhooked(stage):
-                    return links
-                made.append(link)
-            links.append(made)
-        return links
 
 
 class DCAutoencoder(nn.Module):
@@ -334,16 +211,34 @@ class DCAutoencoder(nn.Module):
         self.spatial_compression_ratio = config.spatial_compression_ratio
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.streaming_min_pixels: int | None = STREAMED_PIXELS
+        """Pictures of more pixels are computed in strips of rows; None: never."""
+        self.frugal_streaming = False
+        """Strips as small, and as little kept, as can be."""
+
+    def can_stream(self, part: str) -> bool:
+        """Whether "encoder" or "decoder" can be computed in strips of rows, as far as it takes most memory."""
+        network: Encoder | Decoder = getattr(self, part)
+        return unhooked(network) and network.can_stream(next(network.parameters()).dtype)
+
+    def _streams(self, network: nn.Module, x: Tensor, pixels: int) -> bool:
+        least = self.streaming_min_pixels
+        return least is not None and len(x) * pixels > least and still(x) and unhooked(network)
 
     def _encode(self, x: Tensor) -> Tensor:
         ratio = self.spatial_compression_ratio
         if x.shape[-2] % ratio or x.shape[-1] % ratio:
             height, width = x.shape[-2:]
             raise InvalidInput(f"The picture is {width}×{height}; make both sides multiples of {ratio}.")
+        # Asked directly, an encoder that is compiled as a whole does not compile for a size that it would not fit.
+        if self._streams(self.encoder, x, x.shape[-2:].numel()):
+            return self.encoder.stream(x, self.frugal_streaming)
         latent: Tensor = self.encoder(x)
         return latent
 
     def _decode(self, z: Tensor) -> Tensor:
+        if self._streams(self.decoder, z, z.shape[-2:].numel() * self.spatial_compression_ratio**2):
+            return self.decoder.stream(z, self.frugal_streaming)
         sample: Tensor = self.decoder(z)
         return sample
 
@@ -360,30 +255,3 @@ class DCAutoencoder(nn.Module):
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Encode and decode, [B, 3, H, W] -> [B, 3, H, W]."""
         return self.decode(self.encode(sample)[0], return_dict=return_dict)
-
-
-def make_block(
-    block_type: str,
-    channels: int,
-    head_dim: int,
-    kernel_sizes: tuple[int, ...],
-    norm_type: str = "rms_norm",
-    act_fn: str = "silu",
-) -> nn.Module:
-    """Return one block of a stage by the name it has in the configuration."""
-    if block_type == "ResBlock":
-        return ResBlock(channels, norm_type, act_fn)
-    return EfficientViTBlock(channels, head_dim, kernel_sizes, norm_type)
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "rms_norm": lambda channels: ChannelRMSNorm(channels, _NORM_EPS, bias=True),
-    "batch_norm": lambda channels: nn.BatchNorm2d(channels, eps=_NORM_EPS),
-}
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "mish": F.mish,
-}

@@ -5,8 +5,9 @@ T text length, E text width.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,10 @@ from sana.nn.mixffn import GLUMBConv
 from sana.nn.norms import RMSNorm
 
 OUTPUT_NORM_EPS = 1e-6
+_NOT_INSIDE_A_NUMBER = "(?:(?<![0-9])|(?![0-9]))"
+
+Branch = Callable[[Tensor], Sequence[Tensor]]
+"""A control branch that reads the tokens after block 0, [B, N, D], and gives residuals, [B, N, D] each."""
 
 
 class Modulation(NamedTuple):
@@ -68,10 +73,21 @@ class LinearBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
 
     def forward(
-        self, x_BND: Tensor, grid: tuple[int, int], mod_B6D: Tensor, kv: KeyValue, bias_B11T: Tensor | None
+        self,
+        x_BND: Tensor,
+        grid: tuple[int, int],
+        mod_B6D: Tensor,
+        kv: KeyValue,
+        bias_B11T: Tensor | None,
+        passing: int = 0,
+        split: bool = False,
     ) -> Tensor:
+        """Run the block; the last `passing` rows skip the self-attention (see there, also for `split`)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + mod_B6D).chunk(6, dim=1)
-        x = torch.addcmul(x_BND, gate_a, self.attn1(modulated_norm(self.norm1, x_BND, shift_a, scale_a)))
+        normed = modulated_norm(self.norm1, x_BND, shift_a, scale_a)
+        attended = self.attn1(normed, passing, split) if passing else self.attn1(normed)
+        x = torch.cat([x_BND, x_BND[-passing:]]) if split else x_BND
+        x = torch.addcmul(x, gate_a, attended)
         x = x + self.attn2(x, kv, bias_B11T)
         # Tokens in row order are the channels-last image: both views are free of copies.
         image_BhwD = modulated_norm(self.norm2, x, shift_f, scale_f).view(x.shape[0], *grid, -1)
@@ -128,30 +144,46 @@ class LinearDiT(nn.Module):
         kv: Sequence[KeyValue],
         mask: Tensor | None = None,
         controlnet_block_samples: Sequence[Tensor] | None = None,
+        *,
+        branch: Branch | None = None,
+        perturbed_layers: Sequence[int] = (),
+        perturbed_rows: int = 0,
     ) -> Tensor:
         """Run the blocks: latents [B, C, H, W] -> velocity [B, C_out, H, W], contiguous.
 
-        `mask` [B, T] is 1 at valid text positions; None means that all are valid. The samples [B, N, D] of a control
-        branch are added after blocks 1, 2, ... in turn, as in the published models.
-        Errors: InvalidInput for a latent size that the patches do not divide.
+        Args:
+            mask: [B, T], 1 at valid text positions; None means that all are valid.
+            controlnet_block_samples: [B, N, D] each, added after blocks 1, 2, ... in turn, as diffusers does it.
+            branch: reads the tokens after block 0; its residuals are added after blocks 0, 1, ..., as in the original.
+            perturbed_layers: blocks whose self-attention the perturbed rows skip.
+            perturbed_rows: that many of the last rows go on twice from the first of these blocks, once as they are and
+                once perturbed, so B + perturbed_rows rows come out, the perturbed ones last; `kv` and `mask` hold rows
+                for them too. 0 perturbs all rows.
+
+        Errors: InvalidInput for a latent size that the patches do not divide, and for blocks that do not exist.
         """
         patch = self.config.patch_size
         height, width = latents.shape[-2:]
         if height % patch or width % patch:
             raise InvalidInput(f"The latent is {height}x{width}; both sides must be multiples of the patch, {patch}.")
+        layers = self._perturbed(perturbed_layers, modulation)
         grid = (height // patch, width // patch)
         x = self.patch_embed(latents)
         if self.config.interpolation_scale is not None:
             x = (x + self._position_table(grid, x.device)).to(x.dtype)
         bias = None if mask is None else text_bias(mask, kv[0][1].dtype)
-        residuals = () if controlnet_block_samples is None else tuple(controlnet_block_samples)
+        samples: Sequence[Tensor] = controlnet_block_samples or ()
+        inner: Sequence[Tensor] = ()
         for index, (block, block_kv) in enumerate(zip(self._blocks(), kv, strict=True)):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, grid, modulation.mod_B6D, block_kv, bias, use_reentrant=False)
-            else:
-                x = block(x, grid, modulation.mod_B6D, block_kv, bias)
-            if 1 <= index <= len(residuals):
-                x = x + residuals[index - 1]
+            split = perturbed_rows if layers and index == layers[0] else 0
+            passing = (perturbed_rows or len(x)) if index in layers else 0
+            x = self._run(block, x, grid, modulation.mod_B6D, block_kv, bias, passing, bool(split))
+            if branch is not None and index == 0:
+                inner = branch(x[: len(x) - split])
+            again = perturbed_rows if layers and index >= layers[0] else 0
+            for residuals, at in ((samples, index - 1), (inner, index)):
+                if 0 <= at < len(residuals):
+                    x = x + _with_last_again(residuals[at], again)
         shift, scale = (self.scale_shift_table + modulation.embedded_BD[:, None]).chunk(2, dim=1)
         x = F.layer_norm(x, x.shape[-1:], eps=OUTPUT_NORM_EPS)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), grid)
@@ -178,8 +210,40 @@ class LinearDiT(nn.Module):
         sample = self.denoise(hidden_states, modulation, kv, encoder_attention_mask, controlnet_block_samples)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _blocks(self) -> list[LinearBlock]:
-        return list(self.transformer_blocks)  # type: ignore[arg-type]
+    def _run(
+        self,
+        block: LinearBlock,
+        x: Tensor,
+        grid: tuple[int, int],
+        mod_B6D: Tensor,
+        kv: KeyValue,
+        bias: Tensor | None,
+        passing: int,
+        split: bool,
+    ) -> Tensor:
+        rows = len(x) + (passing if split else 0)
+        if len(kv[0]) > rows:  # the perturbed rows are not there yet
+            kv, bias = (kv[0][:rows], kv[1][:rows]), None if bias is None else bias[:rows]
+        extra = (passing, split) if passing else ()
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, grid, mod_B6D, kv, bias, *extra, use_reentrant=False))
+        return cast(Tensor, block(x, grid, mod_B6D, kv, bias, *extra))
+
+    def _perturbed(self, layers: Sequence[int], modulation: Modulation) -> tuple[int, ...]:
+        """Return the numbers of perturbed blocks in order, checked."""
+        count = len(self.transformer_blocks)
+        wrong = [layer for layer in layers if not 0 <= layer < count]
+        if wrong:
+            raise InvalidInput(
+                f"There is no block {wrong[0]} to perturb; this transformer has blocks 0 to {count - 1}."
+            )
+        if layers and len(modulation.mod_B6D) != 1:
+            raise InvalidInput("Perturbed layers need one timestep for all latents; call once per timestep.")
+        return tuple(sorted(set(layers)))
+
+    def _blocks(self) -> Iterator[LinearBlock]:
+        # One after the other: where memory is small, only the block at hand has weights.
+        return iter(self.transformer_blocks)  # type: ignore[arg-type]
 
     def _position_table(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         key = (*grid, device)
@@ -220,6 +284,37 @@ class LinearDiT(nn.Module):
             nn.init.normal_(table, std=table.shape[1] ** -0.5, generator=generator)
         if zero_output:
             nn.init.zeros_(self.proj_out.weight)
+
+
+def _with_last_again(residual: Tensor, rows: int) -> Tensor:
+    """Return a residual for the perturbed rows, too; one row serves all."""
+    return torch.cat([residual, residual[-rows:]]) if rows and len(residual) > 1 else residual
+
+
+def pag_layers(transformer: nn.Module, patterns: str | Sequence[str]) -> tuple[int, ...]:
+    """Return the blocks whose self-attention a pattern names, such as "transformer_blocks.8" or "blocks.(0|1)".
+
+    A pattern is a regular expression that is looked for in the names `transformer_blocks.<i>.attn1`. A number in it is
+    a whole number: "blocks.1" is not block 10.
+    Errors: InvalidInput for what is no pattern, and for one that names no block.
+    """
+    found: set[int] = set()
+    names = {
+        f"transformer_blocks.{i}.attn1": i for i in range(len(cast(nn.ModuleList, transformer.transformer_blocks)))
+    }
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
+        if not isinstance(pattern, str):
+            raise InvalidInput(f"Expected either a string or a list of string but got type {type(pattern)}")
+        try:
+            whole = re.compile(f"{_NOT_INSIDE_A_NUMBER}(?:{pattern}){_NOT_INSIDE_A_NUMBER}")
+        except re.error as error:
+            raise InvalidInput(f"The PAG layer {pattern!r} is no regular expression: {error}.") from error
+        blocks = {i for name, i in names.items() if whole.search(name)}
+        if not blocks:
+            hint = f"Name one of the {len(names)} blocks, from 'transformer_blocks.0' on."
+            raise InvalidInput(f"Cannot find PAG layer to set attention processor for: {pattern}. {hint}")
+        found |= blocks
+    return tuple(sorted(found))
 
 
 def _init_module(module: nn.Module, generator: torch.Generator | None) -> None:

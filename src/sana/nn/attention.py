@@ -94,16 +94,29 @@ class LinearSelfAttention(nn.Module):
         self.norm_k = head_norm(qk_norm, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(dropout)])
 
-    def forward(self, x_BND: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, passing: int = 0, split: bool = False) -> Tensor:
+        """Attend, except for the last `passing` rows, which pass their values on: B rows in, B rows out.
+
+        With `split` the passing rows are a copy of the last ones, and come out behind them: B rows in, B + `passing`
+        out. Source: the identity attention of perturbed-attention guidance, arXiv 2403.17377, eq. 14.
+        """
         x = _as_autocast(x_BND)
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        v = self.to_v(x)
+        attending = len(x) if split else len(x) - passing
+        groups = [self._mix(x[:attending], v[:attending])] if attending else []
+        if passing:
+            groups.append(v[-passing:].to(x.dtype))
+        mixed = torch.cat(groups) if len(groups) > 1 else groups[0]
+        out: Tensor = self.to_out[1](self.to_out[0](mixed))
+        return out.clamp(-HALF_MAX, HALF_MAX) if out.dtype == torch.float16 else out
+
+    def _mix(self, x: Tensor, v: Tensor) -> Tensor:
+        q, k = self.to_q(x), self.to_k(x)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         heads = (*x.shape[:2], -1, self.head_dim)
         mixed = linear_attention(q.reshape(heads), k.reshape(heads), v.reshape(heads))
-        mixed = mixed.to(x.dtype, memory_format=torch.contiguous_format).flatten(2)
-        out: Tensor = self.to_out[1](self.to_out[0](mixed))
-        return out.clamp(-HALF_MAX, HALF_MAX) if out.dtype == torch.float16 else out
+        return mixed.to(x.dtype, memory_format=torch.contiguous_format).flatten(2)
 
 
 class CrossAttention(nn.Module):

@@ -8,6 +8,7 @@ Shapes: R rows of a strip, W width, C channels, O output channels. Strips are [R
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from math import prod
 from typing import NamedTuple, Protocol
@@ -21,7 +22,12 @@ from sana.nn.norms import ChannelRMSNorm
 
 STRIP_BYTES = 4 << 20
 """Size of a strip per thread: some of the cache of a core, and below what the allocator returns to the system."""
+ACCELERATOR_STRIP_BYTES = 64 << 20
+"""Size of a strip on an accelerator: enough work for each of its launches."""
+FRUGAL = 8
+"""How many times smaller the strips of the least memory are."""
 LARGE_STRIPS = 1
+_strip_bytes: ContextVar[int | None] = ContextVar("strip_bytes", default=None)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -41,25 +47,30 @@ class Link(NamedTuple):
 
     make: Callable[[int, Rows], Rows]
     """Takes the width of its pictures and the layer that follows."""
+    channels: int
+    """Channels of the rows it gives."""
     zoom: float = 1.0
     """Side of the picture it gives over the side of the picture it takes."""
 
 
 class Window:
-    """The rows that a 3x3 convolution can see at the moment: two of the last strip, the next, zeros around the picture.
+    """The rows that a convolution can see at the moment: some of the last strip, the next, zeros around the picture.
 
-    `first` is the number of the picture's row at the start of the window; it begins with the zeros above, at -1.
+    `halo` is how many rows the convolution sees above and below: one for a kernel of 3. `first` is the number of the
+    picture's row at the start of the window; it begins with the zeros above, at -halo.
     """
 
-    def __init__(self, width: int, channels: int, like: Tensor) -> None:
-        self.rows = like.new_zeros(4, width, channels)
-        self.filled = 1
-        self.first = -1
+    def __init__(self, width: int, channels: int, like: Tensor, halo: int = 1) -> None:
+        self.halo = halo
+        self.rows = like.new_zeros(4 * halo, width, channels)
+        self.filled = halo
+        self.first = -halo
 
     def room(self, count: int) -> Tensor:
-        if self.filled + count + 1 > len(self.rows):
-            # Memory that is never written is never fetched: the slack for the longer last strips is free.
-            longer = self.rows.new_empty(2 * (self.filled + count + 1), *self.rows.shape[1:])
+        needed = self.filled + count + self.halo
+        if needed > len(self.rows):
+            # Memory that is never written is never fetched: on a CPU the slack for the longer last strips is free.
+            longer = self.rows.new_empty(needed * (2 if self.rows.is_cpu else 1), *self.rows.shape[1:])
             longer[: self.filled] = self.rows[: self.filled]
             self.rows = longer
         return self.rows[self.filled : self.filled + count]
@@ -68,19 +79,44 @@ class Window:
         """Take the rows written into `room`; return how many rows can be computed."""
         self.filled += count
         if last:
-            self.rows[self.filled].zero_()
-            self.filled += 1
-        return max(0, self.filled - 2)
+            self.rows[self.filled : self.filled + self.halo].zero_()
+            self.filled += self.halo
+        return max(0, self.filled - 2 * self.halo)
 
     def visible(self) -> Tensor:
         return self.rows[: self.filled]
 
-    def move(self) -> None:
-        """Forget all rows but the two that the next ones need."""
-        done = self.filled - 2
-        self.rows[:2] = self.rows[done : self.filled].clone()
+    def move(self, done: int | None = None) -> None:
+        """Forget rows that are done, by default all but those that the next ones need."""
+        done = self.filled - 2 * self.halo if done is None else done
+        kept = self.filled - done
+        self.rows[:kept] = self.rows[done : self.filled].clone()
         self.first += done
-        self.filled = 2
+        self.filled = kept
+
+
+class Source(Protocol):
+    """A layer that must see the whole picture before it gives the first row."""
+
+    def send(self, x: Tensor, following: Rows) -> None:
+        """Push the rows that it makes of a picture, [H, W, C]; of `x` it reads no row that it has given already."""
+
+
+class Spread(NamedTuple):
+    """How to make a source."""
+
+    make: Callable[[bool], Source]
+    """Takes whether to compute things twice rather than to keep them."""
+
+
+class Whole(NamedTuple):
+    """A layer that can only be called, with all of its picture."""
+
+    call: Callable[[Tensor], Tensor]
+    """Takes and gives images."""
+
+
+Part = Link | Spread | Whole
 
 
 class Sink:
@@ -104,14 +140,20 @@ class ConvRows:
         self.conv, self.following = conv, following
         self.window = Window(width, conv.in_channels, conv.weight)
         self.room = self.window.room
+        self.step = rows_of_strip(width * max(conv.in_channels, conv.out_channels), conv.weight.dtype)
 
     def push(self, count: int, last: bool) -> None:
         count = self.window.push(count, last)
-        if count:
-            out = convolve(self.window.visible(), self.conv.weight, self.conv.bias)
-            self.following.room(count).copy_(out)
-            self.window.move()
-            self.following.push(count, last)
+        if not count:
+            return
+        visible = self.window.visible()
+        # A strip of few channels becomes one of many: several.
+        for top in range(0, count, self.step):
+            rows = min(self.step, count - top)
+            out = convolve(visible[top : top + rows + 2], self.conv.weight, self.conv.bias)
+            self.following.room(rows).copy_(out)
+            self.following.push(rows, last and top + rows == count)
+        self.window.move()
 
 
 class NormRows:
@@ -167,61 +209,6 @@ class ResidualRows:
             self.following.push(count, last)
 
 
-class UpsampleRows:
-    """Doubling of both sides: one convolution for each corner of a pixel, and the channel-repeating shortcut.
-
-    `corners` holds weight and bias for top left, top right, bottom left and bottom right. A 2x2 kernel sees the pixel
-    and those next to that corner, a 3x3 kernel all neighbours.
-    """
-
-    def __init__(
-        self, corners: Sequence[tuple[Tensor, Tensor | None]], shortcut: bool, width: int, following: Rows
-    ) -> None:
-        self.corners, self.shortcut, self.following = corners, shortcut, following
-        weight = corners[0][0]
-        self.window = Window(width, weight.shape[1], weight)
-        self.room = self.window.room
-        self.step = rows_of_strip(4 * width * len(weight), weight.dtype)
-
-    def push(self, count: int, last: bool) -> None:
-        count = self.window.push(count, last)
-        if not count:
-            return
-        visible = self.window.visible()
-        for top in range(0, count, self.step):
-            rows = min(self.step, count - top)
-            self._double(visible[top : top + rows + 2], self.following.room(2 * rows))
-            self.following.push(2 * rows, last and top + rows == count)
-        self.window.move()
-
-    def _double(self, x: Tensor, out: Tensor) -> None:
-        """Write the doubled picture of [R + 2, W, C] into [2R, 2W, O]."""
-        height, width = x.shape[0] - 2, x.shape[1]
-        cells = out.view(height, 2, width, 2, -1)
-        for k, (weight, bias) in enumerate(self.corners):
-            i, j = divmod(k, 2)
-            if weight.shape[-1] == 2:
-                # Padded on both sides, a 2x2 kernel gives one column too many: cheaper than to copy the rows it sees.
-                corner = convolve(x[i : i + height + 1], weight, bias)[:, j : j + width]
-            else:
-                corner = convolve(x, weight, bias)
-            if self.shortcut:
-                torch.add(corner, _repeated(x[1:-1], k, out.shape[-1]), out=cells[:, i, :, j])
-            else:
-                cells[:, i, :, j] = corner
-
-
-def _repeated(x: Tensor, corner: int, channels: int) -> Tensor:
-    """Return channels 4·o + corner of the repeated channels of `x` for each o, [R, W, C] -> [R, W, O]."""
-    repeats = 4 * channels // x.shape[-1]
-    if repeats % 4 == 0:
-        return x if repeats == 4 else x.repeat_interleave(repeats // 4, dim=-1)
-    if 4 % repeats == 0:
-        # A copy with unit stride: the sum of strided channels would take three times as long.
-        return x[..., corner // repeats :: 4 // repeats].contiguous()
-    return x[..., torch.arange(corner, 4 * channels, 4) // repeats]
-
-
 def large(elements: int, dtype: torch.dtype) -> bool:
     """Whether a picture of that many elements gains from being cut; what is about a strip fits the cache as it is."""
     return elements * dtype.itemsize > LARGE_STRIPS * STRIP_BYTES * torch.get_num_threads()
@@ -240,7 +227,8 @@ def as_rows(image: Tensor) -> Tensor:
 
 def rows_of_strip(elements: int, dtype: torch.dtype) -> int:
     """Return how many rows of that many elements make a strip, at least one."""
-    return max(1, STRIP_BYTES * torch.get_num_threads() // (elements * dtype.itemsize))
+    size = _strip_bytes.get() or STRIP_BYTES * torch.get_num_threads()
+    return max(1, size // (elements * dtype.itemsize))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -321,37 +309,11 @@ def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.addcmul(bias, scaled.to(x.dtype), weight)
 
 
-def nearest_corners(conv: nn.Conv2d) -> list[tuple[Tensor, Tensor | None]]:
-    """Return the corners that double like the nearest neighbour followed by this 3x3 convolution.
-
-    A pixel of the doubled picture sees only 2x2 different pixels: four 2x2 kernels with summed weights do the same with
-    4/9 of the arithmetic. The sums are taken in float32 and rounded once.
-    """
-    dtype = conv.weight.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    # Sums of whole planes [O, C]: of the kernels as they are stored they would take five times as long.
-    a, b, c = conv.weight.permute(2, 3, 0, 1).contiguous().to(wide).unbind(0)
-    corners: list[tuple[Tensor, Tensor | None]] = []
-    for rows in ((a, b + c), (a + b, c)):
-        for j in range(2):
-            kernel = conv.weight.new_empty(conv.out_channels, 2, 2, conv.in_channels)
-            for i, (left, middle, right) in enumerate(rows):
-                kernel[:, i, 0] = left + middle if j else left
-                kernel[:, i, 1] = right if j else middle + right
-            corners.append((kernel.permute(0, 3, 1, 2), conv.bias))
-    return corners
-
-
-def shuffled_corners(conv: nn.Conv2d) -> list[tuple[Tensor, Tensor | None]]:
-    """Return the corners that double like this 3x3 convolution followed by a pixel shuffle."""
-    return [(conv.weight[k::4], None if conv.bias is None else conv.bias[k::4]) for k in range(4)]
-
-
-def compute_rows(x: Tensor, links: Sequence[Link], channels: int) -> Tensor:
+def compute_rows(x: Tensor, links: Sequence[Link]) -> Tensor:
     """Compute a chain of layers on pictures, one after the other, [B, C, h, w] -> [B, O, H, W], channels-last."""
     zoom = prod(link.zoom for link in links)
     height, width = (round(zoom * side) for side in x.shape[-2:])
-    out = x.new_empty(len(x), height, width, channels)
+    out = x.new_empty(len(x), height, width, links[-1].channels)
     for picture, place in zip(x.movedim(1, -1), out, strict=True):
         send(picture, links, place)
     return out.movedim(-1, 1)
@@ -359,13 +321,78 @@ def compute_rows(x: Tensor, links: Sequence[Link], channels: int) -> Tensor:
 
 def send(x: Tensor, links: Sequence[Link], out: Tensor) -> None:
     """Send a picture through a chain of these links, [H, W, C] -> `out`, [H', W', O]."""
+    feed(x, chain_of(links, out))
+
+
+def chain_of(links: Sequence[Link], out: Tensor) -> Rows:
+    """Return the first layer of a chain of these links that ends in `out`, [H', W', O]."""
     chain: Rows = Sink(out)
     width = out.shape[1]
     for link in reversed(links):
         width = round(width / link.zoom)
         chain = link.make(width, chain)
+    return chain
+
+
+def feed(x: Tensor, chain: Rows) -> None:
+    """Push a picture, [H, W, C], a strip at a time."""
     step = rows_of_strip(x.shape[1] * x.shape[2], x.dtype)
     for top in range(0, len(x), step):
         rows = x[top : top + step]
         chain.room(len(rows)).copy_(rows)
         chain.push(len(rows), last=top + step >= len(x))
+
+
+def still(x: Tensor) -> bool:
+    """Whether `x` is computed step by step without gradients or autocast, on any device."""
+    kind = x.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not (torch.is_grad_enabled() or cast or torch.compiler.is_compiling())
+
+
+def stream(x: Tensor, parts: Sequence[Part], out: Tensor | None = None, *, frugal: bool = False) -> Tensor:
+    """Send a picture through any parts, [H, W, C] -> [H', W', O]; `x` is left as it is.
+
+    Only where a part needs the whole picture there is one; all else is strips. With `frugal` strips are smaller, and
+    what is needed twice is computed twice. The result is written into `out` if that is given.
+    """
+    size = STRIP_BYTES * torch.get_num_threads() if x.is_cpu else ACCELERATOR_STRIP_BYTES
+    reset = _strip_bytes.set(size // FRUGAL if frugal else size)
+    try:
+        segments = list(_segments(parts))
+        own = False
+        for k, (head, links) in enumerate(segments):
+            if isinstance(head, Whole):
+                x = as_rows(head.call(as_image(x))).contiguous()
+            if links or isinstance(head, Spread):
+                place = out if k == len(segments) - 1 else None
+                if place is None:
+                    place = _place_for(x, head, links, own)
+                chain = chain_of(links, place)
+                head.make(frugal).send(x, chain) if isinstance(head, Spread) else feed(x, chain)
+                x, own = place, True
+    finally:
+        _strip_bytes.reset(reset)
+    return x if out is None or x is out else out.copy_(x)
+
+
+def _place_for(x: Tensor, head: Part | None, links: Sequence[Link], own: bool) -> Tensor:
+    """Return room for what links make of `x`: `x` itself where a source reads it, which forgets what it has read."""
+    channels, zoom = links[-1].channels if links else x.shape[-1], prod(link.zoom for link in links)
+    if own and isinstance(head, Spread) and channels == x.shape[-1] and all(link.zoom == 1 for link in links):
+        return x
+    return x.new_empty(round(zoom * x.shape[0]), round(zoom * x.shape[1]), channels)
+
+
+def _segments(parts: Sequence[Part]) -> Iterator[tuple[Spread | Whole | None, list[Link]]]:
+    """Cut parts where one must see a whole picture; each piece begins with such a part, but for the first perhaps."""
+    head: Spread | Whole | None = None
+    links: list[Link] = []
+    for part in parts:
+        if isinstance(part, Link):
+            links.append(part)
+            continue
+        if head is not None or links:
+            yield head, links
+        head, links = part, []
+    yield head, links

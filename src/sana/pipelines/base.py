@@ -1,14 +1,18 @@
 """What the documented pipelines have in common: parts, loading, saving, moving, memory switches, the progress bar."""
 
+import contextlib
+import copy
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
-from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, DtypeChoice, save_parts
-from sana.engine.parts import CARD_KEY, Parts, load, pick_device
-from sana.errors import InvalidInput, did_you_mean
+from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, OPTIONAL, DtypeChoice, save_parts
+from sana.engine.parts import CARD_KEY, Parts, fitting, load
+from sana.engine.placement import pick_device
+from sana.errors import CheckpointError, InvalidInput, did_you_mean
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,10 @@ class _Part:
 class Pipeline:
     """A bundle of parts with the documented ways to load, save and place it."""
 
+    component_names: ClassVar[tuple[str, ...]] = COMPONENTS
+    """The parts of this kind of pipeline, in the constructor's order."""
+    option_names: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of the constructor."""
     model_cpu_offload_seq: ClassVar[str] = "text_encoder->transformer->vae"
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents",)
 
@@ -39,6 +47,7 @@ class Pipeline:
     text_encoder = _Part()
     vae = _Part()
     transformer = _Part()
+    controlnet = _Part()
     scheduler = _Part()
 
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
@@ -60,7 +69,8 @@ class Pipeline:
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
-        device_map: torch.device | str | None = None,
+        device_map: torch.device | str | Mapping[str, torch.device | str] | None = None,
+        quantization_config: Any = None,
         **components: Any,
     ) -> Self:
         """Load from a folder, a hub id or a short name; parts given by keyword are taken as they are.
@@ -70,8 +80,12 @@ class Pipeline:
                 float16 for all keeps text encoder and VAE in bfloat16, because they overflow; this is logged once.
             dtype: another name of `torch_dtype`.
             variant: which of several saved precisions to read, for example "fp16" or "bf16".
-            device_map: the one device to load to; "balanced" and "auto" take a GPU if there is one.
-            components: tokenizer, text_encoder, vae, transformer or scheduler; None leaves the part out.
+            device_map: a device; "balanced" spreads the parts over all GPUs, or takes the CPU if there is none; or a
+                mapping from part names to devices.
+            quantization_config: `Int8Config`, `BitsAndBytesConfig` or `TorchAoConfig` of sana or transformers for
+                transformer and text encoder, or a mapping from part names to such.
+            components: parts by name, tokenizer, text_encoder, vae, transformer, scheduler, where there is one
+                controlnet; None leaves the part out. Also the further arguments of the constructor.
 
         Raises:
             ModelNotFound: the model, or a file of it, is neither here nor to be had (an OSError).
@@ -80,13 +94,13 @@ class Pipeline:
         """
         for name in [name for name in components if name in _WITHOUT_EFFECT]:
             del components[name]
-        for name in components:
-            if name not in COMPONENTS:
-                hint = did_you_mean(name, (*COMPONENTS, "torch_dtype", "variant", "revision", "local_files_only"))
-                raise InvalidInput(f"{cls.__name__}.from_pretrained has no argument '{name}'.{hint}")
+        options = {name: components.pop(name) for name in cls.option_names if name in components}
+        cls._check_names("from_pretrained", components, ("torch_dtype", "variant", "revision", "local_files_only"))
+        without = {name: None for name in OPTIONAL if name not in cls.component_names}
         parts = load(
             pretrained_model_name_or_path,
-            device="cpu" if device_map is None else pick_device(device_map),
+            device="cpu" if device_map is None else device_map,
+            quantization_config=quantization_config,
             dtype=torch_dtype if torch_dtype is not None else dtype,
             variant=variant,
             revision=revision,
@@ -94,11 +108,71 @@ class Pipeline:
             local_files_only=local_files_only,
             token=token,
             use_safetensors=use_safetensors,
-            **components,
+            **{**components, **without},
         )
-        pipeline = cls(**parts.components)
+        for name in OPTIONAL:
+            if name in cls.component_names and name not in components and getattr(parts, name) is None:
+                raise CheckpointError(f"'{parts.name}' has no {name}: pass {name}= an object, or {name}=None.")
+        return cls._of(parts, options)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "Pipeline",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **changes: Any,
+    ) -> Self:
+        """Return a pipeline of this class with the parts of another; they are shared, not copied.
+
+        Assigning a part to one of the two leaves the other as it is. A part that this class does not use stays with the
+        other pipeline alone.
+
+        Args:
+            torch_dtype, dtype: cast the parts, which the other pipeline then has so, too. Left out, nothing is cast.
+            changes: parts to put in place of the other's, or that it lacks, such as `controlnet`, and further arguments
+                of the constructor, such as `pag_applied_layers`; these are the other's if it has them.
+
+        Raises:
+            InvalidInput: `pipeline` is none, there is no such part or argument, or a part is missing.
+        """
+        if not isinstance(pipeline, Pipeline):
+            raise InvalidInput(f"from_pipe needs a pipeline of sana, not a {type(pipeline).__name__}. Load one first.")
+        given = {name: getattr(pipeline, name) for name in cls.option_names if hasattr(pipeline, name)}
+        options = {**given, **{name: changes.pop(name) for name in cls.option_names if name in changes}}
+        cls._check_names("from_pipe", changes, ("torch_dtype",))
+        parts = pipeline.parts
+        if parts.tokenizer is not None and parts.text_encoder is not None:
+            _ = parts.prompts  # so that what was encoded for one serves both
+        parts = copy.copy(parts)
+        for name in OPTIONAL:
+            if name not in cls.component_names:
+                setattr(parts, name, None)
+            elif name not in changes and getattr(parts, name) is None:
+                raise InvalidInput(
+                    f"{cls.__name__} needs a {name}, which {type(pipeline).__name__} has not. Pass {name}= an object."
+                )
+        for name, part in changes.items():
+            setattr(parts, name, part)
+        if "transformer" in changes:
+            parts.card = fitting(parts.card, parts.transformer)
+        made = cls._of(parts, options)
+        cast = torch_dtype if torch_dtype is not None else dtype
+        return made if cast is None else made.to(cast)
+
+    @classmethod
+    def _of(cls, parts: Parts, options: dict[str, Any]) -> Self:
+        pipeline = cls(**{name: getattr(parts, name) for name in cls.component_names}, **options)
         pipeline.parts = parts
         return pipeline
+
+    @classmethod
+    def _check_names(cls, method: str, names: dict[str, Any], others: tuple[str, ...]) -> None:
+        for name in names:
+            if name not in cls.component_names:
+                hint = did_you_mean(name, (*cls.component_names, *cls.option_names, *others))
+                raise InvalidInput(f"{cls.__name__}.{method} has no argument '{name}'.{hint}")
 
     def save_pretrained(
         self,
@@ -112,20 +186,21 @@ class Pipeline:
         Raises:
             InvalidInput: the path is a file, or a part cannot be saved.
         """
-        save_parts(
-            save_directory,
-            self.components,
-            class_name=type(self).__name__,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            safe_serialization=safe_serialization,
-            notes={CARD_KEY: self.parts.card.name} if self.parts.card is not None else None,
-        )
+        with self.parts.whole():
+            save_parts(
+                save_directory,
+                self.components,
+                class_name=type(self).__name__,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                safe_serialization=safe_serialization,
+                notes={CARD_KEY: self.parts.card.name} if self.parts.card is not None else None,
+            )
 
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, in the constructor's order; another pipeline takes them as `Pipeline(**components)`."""
-        return self.parts.components
+        return {name: getattr(self.parts, name) for name in self.component_names}
 
     @property
     def device(self) -> torch.device:
@@ -166,19 +241,48 @@ class Pipeline:
                 dtype = place
             else:
                 device = place
+        if self.parts.placement is not None:
+            raise InvalidInput(
+                "Memory is being saved: the parts are moved as they are used. Call `disable_offload` first."
+            )
         target = None if device is None else pick_device(f"cuda:{device}" if isinstance(device, int) else device)
         softened: list[str] = []
-        for name in ("text_encoder", "vae", "transformer"):
+        for name in ("text_encoder", "vae", "transformer", "controlnet"):
             part = getattr(self, name)
-            if part is None:
-                continue
-            overflows = dtype == torch.float16 and name in NO_FLOAT16
-            part.to(device=target, dtype=torch.bfloat16 if overflows else dtype)
+            overflows = part is not None and dtype == torch.float16 and name in NO_FLOAT16
+            for module in part if isinstance(part, list | tuple) else [part]:
+                if module is not None:
+                    module.to(device=target, dtype=torch.bfloat16 if overflows else dtype)
             if overflows:
                 softened.append(name)
         if softened and not silence_dtype_warnings:
             _log.warning("%s: cast to bfloat16 because float16 overflows there", " and ".join(softened))
         return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "auto") -> None:
+        """Have each part on the device only while it is used: less memory for a little time, and the same pictures.
+
+        Away from a GPU means in main memory. Without a GPU the weights are let go of and read again from their files.
+
+        Args:
+            gpu_id: number of the GPU.
+            device: where to compute; "auto" takes a GPU if there is one.
+
+        Raises:
+            InvalidInput: there is no such device, or the switch would have no effect.
+        """
+        self.parts.save_memory("low", device if gpu_id is None else f"cuda:{gpu_id}")
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "auto") -> None:
+        """Have single blocks on the device only while they are used: the least memory, and the most time.
+
+        Arguments and errors as `enable_model_cpu_offload`.
+        """
+        self.parts.save_memory("lowest", device if gpu_id is None else f"cuda:{gpu_id}")
+
+    def disable_offload(self) -> None:
+        """Bring all parts back for good."""
+        self.parts.stay()
 
     def compile(self, cache_dir: str | Path | None = None) -> None:
         """Let transformer and decoder run compiled from the next picture on, which takes longer for that.
@@ -206,6 +310,11 @@ class Pipeline:
     def disable_vae_tiling(self) -> None:
         """Decode images whole."""
         self.vae.disable_tiling()
+
+    def _using(self, *names: str, when: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Have those of the named parts that there are on the device of the loop."""
+        there = [name for name in names if getattr(self.parts, name) is not None]
+        return self.parts.using(*there) if when and there else contextlib.nullcontext()
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set options of the progress bar (those of `tqdm`); `disable=True` switches it off."""

@@ -5,49 +5,21 @@ Shapes: B prompts, n images per prompt, T text length, E text width, C h w laten
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
 
+from sana.engine.images import check_output_type
 from sana.engine.request import MAX_SIDE, MAX_STEPS, shown
 from sana.engine.resolution import check_step
 from sana.errors import InvalidInput
+from sana.flow.schedules import MAX_ANGLE
+from sana.pipelines.call import Call, TextInputs
 
 MAX_IMAGES = 10_000
 MAX_SCALE = 1e6
 MAX_LENGTH = 8192
 """Longest prompt in tokens: what a Gemma-2 model can read."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextInputs:
-    """The text arguments of a call, as the caller gave them."""
-
-    prompt: str | list[str] | None = None
-    negative_prompt: str | list[str] | None = ""
-    prompt_embeds: Tensor | None = None
-    prompt_attention_mask: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    negative_prompt_attention_mask: Tensor | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Number of prompts B."""
-        if self.prompt_embeds is not None:
-            return len(self.prompt_embeds)
-        return 1 if isinstance(self.prompt, str) else len(self.prompt or ())
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts as a list; empty when embeddings were given."""
-        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
-
-    @property
-    def negative_prompts(self) -> list[str]:
-        """One negative prompt per prompt; None stands for the empty one."""
-        negative = self.negative_prompt
-        return list(negative) if isinstance(negative, list) else [negative or ""] * self.batch_size
 
 
 def check_counts(most: int, **values: Any) -> None:
@@ -57,22 +29,6 @@ def check_counts(most: int, **values: Any) -> None:
             raise InvalidInput(f"`{name}` has to be a whole number of at least 1 but is {shown(value)}.")
         if value > most:
             raise InvalidInput(f"`{name}` has to be at most {most} but is {shown(value)}.")
-
-
-def check_size(height: Any, width: Any, *, binning: bool) -> None:
-    """Raise InvalidInput unless both sides can be drawn; without binning they must be multiples of 32."""
-    check_counts(MAX_SIDE, height=height, width=width)
-    if not binning:
-        check_step(height, width)
-
-
-def check_callback_tensors(wanted: Sequence[str], known: Sequence[str]) -> None:
-    """Raise InvalidInput for a tensor that no callback can have."""
-    if not isinstance(wanted, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in wanted):
-        raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be a list of names but is {shown(wanted)}.")
-    bad = [name[:60] for name in wanted if name not in known]
-    if bad:
-        raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be in {list(known)}, but found {bad}")
 
 
 def check_text(text: TextInputs, *, guided: bool) -> None:
@@ -157,41 +113,126 @@ def _check_embeds(text: TextInputs) -> None:
             )
 
 
-def check_numbers(num_inference_steps: Any, guidance_scale: Any, num_images_per_prompt: Any, eta: Any) -> None:
-    """Raise InvalidInput for numbers no picture can be made with; warn about an `eta`, documented as ignored."""
-    check_counts(MAX_STEPS, num_inference_steps=num_inference_steps)
-    check_counts(MAX_IMAGES, num_images_per_prompt=num_images_per_prompt)
-    number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
-    if not number or not -MAX_SCALE <= guidance_scale <= MAX_SCALE:  # no number is between NaN and anything
-        raise InvalidInput(
-            f"`guidance_scale` has to be a finite number, at most a million, but is {shown(guidance_scale)}."
-        )
-    if not isinstance(eta, int | float):
-        raise InvalidInput(f"`eta` has to be a number but is {shown(eta)}.")
-    if eta:
-        warnings.warn("`eta` is ignored: no scheduler of SANA takes it.", stacklevel=3)
-
-
-def check_switches(**values: Any) -> None:
-    """Raise InvalidInput, naming the argument, unless each is true or false, or the 0, 1 or None of old callers."""
-    for name, value in values.items():
-        if value is not None and not (isinstance(value, int) and value in (0, 1)):
-            raise InvalidInput(f"`{name}` has to be True or False but is {shown(value)}.")
-
-
 def check_tensor(name: str, value: Any) -> None:
     """Raise InvalidInput unless a value is a tensor."""
     if not isinstance(value, Tensor):
         raise InvalidInput(f"`{name}` has to be a `torch.Tensor` but is {shown(value)}.")
 
 
-def check_rest(max_sequence_length: Any, attention_kwargs: Any, callback: Any) -> None:
-    """Raise InvalidInput for a length, adapter options or a callback of another kind."""
-    check_counts(MAX_LENGTH, max_sequence_length=max_sequence_length)
-    if attention_kwargs is not None and not isinstance(attention_kwargs, Mapping):
-        raise InvalidInput(f"`attention_kwargs` has to be a mapping but is {shown(attention_kwargs)}.")
-    if callback is not None and not callable(callback):
-        raise InvalidInput(f"`callback_on_step_end` has to be a function but is {shown(callback)}.")
+def check_call(call: Call, callback_tensors: Sequence[str]) -> None:
+    """Raise InvalidInput, naming the argument, for a value that no picture can be made with; texts are looked at apart.
+
+    Args:
+        callback_tensors: what the pipeline can show a callback.
+    """
+    for name in ("return_dict", "clean_caption", "use_resolution_binning"):
+        _check_switch(name, getattr(call, name))
+    check_counts(MAX_STEPS, num_inference_steps=call.num_inference_steps)
+    check_counts(MAX_IMAGES, num_images_per_prompt=call.images)
+    _check_scale("guidance_scale", call.guidance_scale)
+    for name in ("pag_scale", "pag_adaptive_scale"):
+        _check_scale(name, getattr(call, name), least=0)
+    _check_angle("max_timesteps", call.max_timesteps)
+    _check_angle("intermediate_timesteps", call.intermediate_timesteps)
+    _check_eta(call.eta)
+    check_counts(MAX_LENGTH, max_sequence_length=call.max_sequence_length)
+    if call.attention_kwargs is not None and not isinstance(call.attention_kwargs, Mapping):
+        raise InvalidInput(f"`attention_kwargs` has to be a mapping but is {shown(call.attention_kwargs)}.")
+    if call.callback_on_step_end is not None and not callable(call.callback_on_step_end):
+        raise InvalidInput(f"`callback_on_step_end` has to be a function but is {shown(call.callback_on_step_end)}.")
+    _check_strength(call)
+    _check_size(call)
+    _check_callback_tensors(call.callback_names, callback_tensors)
+
+
+def _check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, nor the 0, 1 or None of old callers."""
+    if value is not None and not (isinstance(value, int) and value in (0, 1)):
+        raise InvalidInput(f"`{name}` has to be True or False but is {shown(value)}.")
+
+
+def _check_scale(name: str, value: Any, least: float = -MAX_SCALE) -> None:
+    if not _is_number(value, least, MAX_SCALE):
+        wanted = "a finite number, at most a million," if least else "a number from 0 to a million"
+        raise InvalidInput(f"`{name}` has to be {wanted} but is {shown(value)}.")
+
+
+def _check_angle(name: str, value: Any) -> None:
+    if value is not None and not _is_number(value, 1e-3, MAX_ANGLE):
+        raise InvalidInput(f"`{name}` has to be an angle from 0.001 to {MAX_ANGLE} but is {shown(value)}.")
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    # No number is between NaN and anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _check_eta(eta: Any) -> None:
+    if not isinstance(eta, int | float):
+        raise InvalidInput(f"`eta` has to be a number but is {shown(eta)}.")
+    if eta:
+        warnings.warn("`eta` is ignored: no scheduler of SANA takes it.", stacklevel=6)
+
+
+def _check_strength(call: Call) -> None:
+    """Check what image-to-image needs; a call without a strength is none."""
+    if call.strength is None:
+        return
+    if not _is_number(call.strength, 0, 1):
+        raise InvalidInput(f"The value of strength should in [0.0, 1.0] but is {shown(call.strength)}")
+    if call.image is None and call.latents is None:
+        raise InvalidInput("`image` is missing. Give the picture to begin with, or its noised `latents`.")
+    if call.image is not None and call.latents is not None:
+        warnings.warn("`image` is ignored: the run begins with the given `latents`.", stacklevel=6)
+
+
+def _check_size(call: Call) -> None:
+    """Refuse sides that cannot be drawn; without binning they must be multiples of 32."""
+    check_counts(MAX_SIDE, height=call.height, width=call.width)
+    if not call.use_resolution_binning:
+        check_step(call.height, call.width)
+
+
+def _check_callback_tensors(wanted: Any, known: Sequence[str]) -> None:
+    if not isinstance(wanted, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in wanted):
+        raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be a list of names but is {shown(wanted)}.")
+    bad = [name[:60] for name in wanted if name not in known]
+    if bad:
+        raise InvalidInput(f"`callback_on_step_end_tensor_inputs` has to be in {list(known)}, but found {bad}")
+
+
+def check_output(output_type: Any) -> None:
+    """Raise InvalidInput for an unknown output type."""
+    check_output_type(output_type[:60] if isinstance(output_type, str) else shown(output_type))
+
+
+def check_guidance_model(transformer: Any, pipeline: str, *, embeds: bool) -> None:
+    """Raise InvalidInput, naming the right class, for a model of the other kind than the pipeline is for.
+
+    Args:
+        embeds: whether the pipeline is for models that take the guidance scale as an input.
+    """
+    if transformer.config.guidance_embeds and not embeds:
+        raise InvalidInput(
+            f"This checkpoint is a SANA-Sprint model, which embeds its guidance; {pipeline} cannot run it. Use"
+            " SanaSprintPipeline, or SanaSprintImg2ImgPipeline to begin with a picture."
+        )
+    if embeds and not transformer.config.guidance_embeds:
+        raise InvalidInput(
+            f"This checkpoint is no SANA-Sprint model: it does not embed its guidance, which {pipeline} relies on. Use"
+            " SanaPipeline."
+        )
+
+
+def check_image(image: Tensor, call: Call, shape: tuple[int, int, int, int]) -> None:
+    """Raise InvalidInput for pictures or latents to begin with that do not fit the R latents (R, C, h, w)."""
+    if len(image) > call.rows or call.rows % len(image):
+        raise InvalidInput(f"Cannot duplicate `image` of batch size {len(image)} to {call.rows} text prompts.")
+    if image.shape[1] == shape[1] and image.shape[-2:] != shape[-2:]:
+        raise InvalidInput(
+            f"`image` holds latents of {list(image.shape[-2:])}, but this call draws {list(shape[-2:])}. Ask for their"
+            " size, without resolution binning, or give pictures."
+        )
 
 
 def check_start(generator: Any, latents: Tensor | None, expected: tuple[int, int, int, int]) -> None:

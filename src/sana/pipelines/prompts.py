@@ -1,25 +1,24 @@
-"""Prompts to the documented embeddings, and the callback's view of them.
+"""Prompts to the documented embeddings, and what all pipelines do to read them.
 
 Shapes: B prompts, n images per prompt, R = B n images, T text length, E text width.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana.engine.generate import Change
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions
 from sana.engine.request import shown
-from sana.errors import MissingDependency, did_you_mean
-from sana.flow.samplers import Step
+from sana.errors import MissingDependency
+from sana.pipelines import checks
+from sana.pipelines.base import Pipeline
+from sana.pipelines.call import Call, TextInputs
 
 Condition = tuple[Tensor, Tensor]
 """Embeddings [B, T, E] and their mask [B, T]."""
-Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
 def encode(
@@ -54,59 +53,56 @@ def repeated(condition: Condition, count: int) -> Condition:
     return embeds.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
 
 
-class CallbackBridge:
-    """Shows a documented callback its tensors after each step, and turns what it returns into a change of the run.
+class PromptPipeline(Pipeline):
+    """A pipeline that reads prompts."""
 
-    `prompt_embeds` is the tensor under guidance, [2 R, T, E] with the negative half first, as documented; returning
-    only its positive half switches guidance off. A tensor changed in place counts as replaced. `negative_prompt_embeds`
-    is read back without effect, as documented.
-    """
+    @staticmethod
+    def _reads_text(text: TextInputs, guided: bool) -> bool:
+        return text.prompt_embeds is None or (guided and text.negative_prompt_embeds is None)
 
-    def __init__(
+    @torch.no_grad()
+    def _encoded_prompts(
         self,
-        pipeline: Any,
-        callback: Callback,
-        names: Sequence[str],
-        positive: Condition,
-        negative: Condition | None,
-        num_images: int,
-    ) -> None:
-        self.pipeline = pipeline
-        self.callback = callback
-        self.names = names
-        self.guided = negative is not None
-        captions = Captions.stack([positive] if negative is None else [negative, positive])
-        embeds, self.mask = repeated((captions.embeds, captions.mask), num_images)
-        self.rows = len(positive[0]) * num_images
-        self.tensors = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds[: self.rows] if self.guided else None}
+        text: TextInputs,
+        guided: bool,
+        num_images_per_prompt: int,
+        device: torch.device | str | None,
+        *,
+        clean_caption: bool,
+        max_sequence_length: int,
+        complex_human_instruction: Sequence[str] | None,
+    ) -> tuple[Condition, Condition | None]:
+        """Check and encode the texts for `encode_prompt`, every row as often as there are images."""
+        checks.check_text(text, guided=guided)
+        checks.check_counts(checks.MAX_LENGTH, max_sequence_length=max_sequence_length)
+        checks.check_counts(checks.MAX_IMAGES, num_images_per_prompt=num_images_per_prompt)
+        place = device if device is not None else self.device
+        with self._using("text_encoder", when=self._reads_text(text, guided)):
+            positive = self._positive(text, complex_human_instruction, max_sequence_length, clean_caption)
+            negative = self._negative(text, max_sequence_length, clean_caption) if guided else None
 
-    def __call__(self, step: Step) -> Change:
-        """Call the callback after a step."""
-        before = self.tensors["prompt_embeds"]
-        assert before is not None
-        version = before._version
-        shown = {"latents": step.latents, **self.tensors}
-        timestep = self.pipeline.scheduler.timesteps[step.index]
-        arguments = {name: shown[name] for name in self.names}
-        returned = self.callback(self.pipeline, step.index, timestep, arguments) or {}
-        unknown = [name for name in returned if name not in shown]
-        if unknown:
-            hint = did_you_mean(str(unknown[0]), shown)
-            warnings.warn(
-                f"`callback_on_step_end` returned `{unknown[0]}`, which is ignored: no tensor has this name.{hint}",
-                stacklevel=2,
-            )
-        latents = returned.get("latents", step.latents)
-        self.tensors |= {name: returned[name] for name in self.tensors if name in returned}
-        embeds = self.tensors["prompt_embeds"]
-        assert embeds is not None
-        replaced = embeds is not before or embeds._version != version
-        unguided = replaced and self.guided and len(embeds) == self.rows
-        return Change(
-            latents=None if latents is step.latents else latents,
-            captions=self._captions(embeds) if replaced else None,
-            guidance=1.0 if unguided else None,
-        )
+        def made(condition: Condition) -> Condition:
+            embeds, mask = repeated(condition, num_images_per_prompt)
+            return embeds.to(place), mask.to(place)
 
-    def _captions(self, embeds: Tensor) -> Captions:
-        return Captions(embeds=embeds, mask=self.mask[-len(embeds) :], rows=tuple(range(len(embeds)))).trimmed()
+        return made(positive), None if negative is None else made(negative)
+
+    def _conditions(self, call: Call, guided: bool) -> tuple[Condition, Condition | None]:
+        """Return embeddings and mask of the prompts, and of the negative ones if they count."""
+        settings = (call.max_sequence_length, call.clean_caption)
+        positive = self._positive(call, call.complex_human_instruction, *settings)
+        return positive, self._negative(call, *settings) if guided else None
+
+    def _positive(
+        self, text: TextInputs, instruction: Sequence[str] | None, limit: int, clean_caption: bool
+    ) -> Condition:
+        """Return the prompts' embeddings in their documented length, or those that were given."""
+        if text.prompt_embeds is not None and text.prompt_attention_mask is not None:
+            return text.prompt_embeds, text.prompt_attention_mask
+        return lengthened(encode(self.parts, text.prompts, instruction, limit, clean_caption), limit)
+
+    def _negative(self, text: TextInputs, limit: int, clean_caption: bool) -> Condition:
+        """Return the negative prompts' embeddings in their documented length, or those that were given."""
+        if text.negative_prompt_embeds is not None and text.negative_prompt_attention_mask is not None:
+            return text.negative_prompt_embeds, text.negative_prompt_attention_mask
+        return lengthened(encode(self.parts, text.negative_prompts, None, limit, clean_caption), limit)

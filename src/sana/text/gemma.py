@@ -193,7 +193,8 @@ class PromptEncoder:
         """Return the kept rows [n, E] of each token sequence, from memory when this very batch is known."""
         key = (head_ids, window.start, *batch)
         sizes = [window.valid_rows(len(ids)) for ids in batch]
-        device = next(self.text_encoder.parameters()).device
+        # Where memory is small, only some of the weights are there at a time.
+        device = next(weight.device for weight in self.text_encoder.parameters() if not weight.is_meta)
         known = self._results.get(key)
         if known is not None:
             self._results.move_to_end(key)

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.layout import read_json
-from sana.checkpoints.pretrained import AutoencoderDC
 from sana.checkpoints.text_parts import load_text_encoder, load_tokenizer
 from sana.data import cutouts
 from sana.data.cutout_captions import caption

@@ -97,8 +97,14 @@ def _run(words: list[str], terminal: Terminal) -> int:
 def _check_typo(word: str) -> None:
     """Refuse a single word that looks like a mistyped verb; it would be drawn otherwise."""
     close = difflib.get_close_matches(word.lower(), VERBS, n=1, cutoff=0.8)
+    close = close or [verb for verb in VERBS if word.lower() in _swapped(verb)]
     if close:
         raise InvalidInput(f"There is no verb '{word}'. Did you mean '{close[0]}'? To draw it: sana generate {word}")
+
+
+def _swapped(word: str) -> set[str]:
+    """Return what becomes of a word when two neighbours among its letters change places."""
+    return {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
 
 
 def _check_encoding(words: Sequence[str]) -> None:
@@ -163,10 +169,14 @@ exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found
 
 VERBS = {
     "generate": Verb("sana.apps.cli.verbs.generate", "draw pictures; what happens when no verb is given"),
+    "edit": Verb("sana.apps.cli.verbs.edit", "change a picture, a part of it, or draw more around it"),
+    "batch": Verb("sana.apps.cli.verbs.batch", "draw a file of prompts; goes on where it was stopped"),
     "info": Verb("sana.apps.cli.verbs.info", "show how a picture was made, without loading a model"),
     "replay": Verb("sana.apps.cli.verbs.replay", "draw a picture again and compare every pixel"),
     "decode": Verb("sana.apps.cli.verbs.decode", "make pictures from latents that were saved"),
-    "models": Verb("sana.apps.cli.verbs.models", "list the models, or tell all about one"),
+    "models": Verb("sana.apps.cli.verbs.models", "list the models, fetch, check or remove one"),
+    "convert": Verb("sana.apps.cli.verbs.convert", "turn a checkpoint into another form"),
+    "lora": Verb("sana.apps.cli.verbs.lora", "tell about an adapter, convert it, or merge it into a model"),
     "config": Verb("sana.apps.cli.verbs.config", "show every setting and where it comes from"),
     "doctor": Verb("sana.apps.cli.verbs.doctor", "check this computer, and say how to mend what is amiss"),
     "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),

@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
+from sana.apps.cli.joined import Words, join
 from sana.errors import InvalidInput, did_you_mean
+
+LONGEST_CHOICE = 44
+"""Letters of choices that stand behind a flag in the help; more of them go into its sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,10 @@ class Spelling:
     """Makes the value from the text, or raises InvalidInput with what follows the flag's name in the sentence."""
     hint: str | None = None
     """Help instead of the sentence under the field."""
+    name: str | None = None
+    """What the flag, and the key in a file of settings, is called instead of the field."""
+    words: Words | None = None
+    """Where not exactly one word follows the flag; `read` gets them joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,8 @@ class Group:
     """By field name, for a dataclass that does not annotate its fields with them."""
     leave_out: frozenset[str] = frozenset()
     """Fields that are no flags."""
+    defaults: bool = True
+    """Whether the help shows them; not where something else, such as the record in a file, goes before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +91,11 @@ def read(
         SystemExit: the help was asked for, and printed.
     """
     cut = words.index("--") if "--" in words else len(words)
+    takers = {name: found for group in groups for name, found in _takers(group)}
     wants_help = bool({"-h", "--help"} & set(words[:cut]))  # only then is it worth reading the sentences
     parser = _parser((*groups, COMMON), usage, description, _sentences if wants_help else lambda _: {})
     try:
-        given, rest = parser.parse_known_args([_hyphened(word) for word in words[:cut]])
+        given, rest = parser.parse_known_args(join([_hyphened(word) for word in words[:cut]], takers))
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[-1]
         raise InvalidInput(f"{flag} {_LACKS.get(error.message, error.message)}") from None
@@ -97,10 +108,11 @@ def read(
 
 
 class Option(NamedTuple):
-    """A field that is a flag: its type, and what makes its value, or one of its values, from text."""
+    """A field that is a flag: its type, what makes its value, or one of its values, from text, and its default."""
 
     kind: Any
     reader: Callable[[str], Any]
+    default: Any = None
 
 
 def options_of(groups: Sequence[Group]) -> dict[str, Option]:
@@ -108,7 +120,7 @@ def options_of(groups: Sequence[Group]) -> dict[str, Option]:
     options: dict[str, Option] = {}
     for group in groups:
         for one, kind, spelling in _flags(group):
-            options[one.name] = Option(kind, spelling.read or _value(kind)[1])
+            options[name_of(one, spelling)] = Option(kind, spelling.read or _value(kind)[1], one.default)
     return options
 
 
@@ -131,24 +143,37 @@ def flags_of(groups: Sequence[Group]) -> list[Flag]:
         for one, kind, spelling in _flags(group):
             shown = spelling.value or (_value(kind)[0] if kind is not bool else "")
             plain = re.sub(r"\[.*?\]", "", shown if isinstance(shown, str) else shown[0])
-            names = [*([spelling.short] if spelling.short else []), *spelling.also, flag_of(one.name)]
+            name = name_of(one, spelling)
+            names = [*([spelling.short] if spelling.short else []), *spelling.also, flag_of(name)]
             if kind is bool and one.default is not False:
-                names.insert(0, flag_of(f"no_{one.name}"))
+                names.insert(0, flag_of(f"no_{name}"))
             flags.append(
                 Flag(
                     names=tuple(names),
                     summary=(spelling.hint or sentences.get(one.name, "")).partition(";")[0].rstrip("."),
-                    takes_value=kind is not bool,
-                    choices=tuple(plain.split("|")) if "|" in plain and plain == plain.lower() else (),
+                    takes_value=kind is not bool and (spelling.words is None or spelling.words.needed > 0),
+                    choices=_choices(plain, spelling),
                     takes_file=plain.startswith(("PATH", "FILE", "FOLDER", "MODEL")) or "." in plain,
                 )
             )
     return [*flags, Flag(("-h", "--help"), "Show this help", False, (), False)]
 
 
+def _choices(shown: str, spelling: Spelling) -> tuple[str, ...]:
+    """Return what a value, or the first word of several, can be, where the help says all of it."""
+    if spelling.words is not None:
+        return spelling.words.choices
+    return tuple(shown.split("|")) if "|" in shown and shown == shown.lower() else ()
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def name_of(one: "dataclasses.Field[Any]", spelling: Spelling) -> str:
+    """Return what a field is called among the flags and in files of settings."""
+    return spelling.name or one.name
 
 
 def take(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -184,8 +209,7 @@ def _hyphened(word: str) -> str:
 def _refusal(flag: str, groups: Sequence[Group], refused: Mapping[str, str]) -> str:
     if flag in refused:
         return refused[flag]
-    named = [(g, f.name) for g in (*groups, COMMON) for f in dataclasses.fields(g.options)]
-    known = [flag_of(name) for group, name in named if name not in group.leave_out]
+    known = [flag_of(name_of(one, spelling)) for g in (*groups, COMMON) for one, _, spelling in _flags(g)]
     hint = did_you_mean(flag[:80], known) or " All of them: --help."
     return f"There is no option {flag[:80]}.{hint}"
 
@@ -207,7 +231,8 @@ def _parser(
     for group in groups:
         sentences = sentences_of(group.options)
         for one, kind, spelling in _flags(group):
-            _add(sections[group.title], one, kind, spelling, sentences.get(one.name, ""))
+            shown = _default(one.default) if group.defaults else ""
+            _add(sections[group.title], one, kind, spelling, sentences.get(one.name, ""), shown)
     sections[COMMON.title].add_argument("-h", "--help", action="help", help="Show this help.")
     return parser
 
@@ -230,6 +255,14 @@ def _flags(group: Group) -> Iterator[tuple["dataclasses.Field[Any]", Any, Spelli
             yield one, _plain_type(hint), spelling
 
 
+def _takers(group: Group) -> Iterator[tuple[str, Words]]:
+    """Yield every spelling of the flags behind which not exactly one word stands."""
+    for one, _, spelling in _flags(group):
+        if spelling.words is not None:
+            for name in (flag_of(name_of(one, spelling)), *spelling.also):
+                yield name, spelling.words
+
+
 def _plain_type(hint: Any) -> Any:
     """Return a type without its annotations and without the None of an optional field."""
     while typing.get_origin(hint) is Annotated:
@@ -239,29 +272,35 @@ def _plain_type(hint: Any) -> Any:
     return hint
 
 
-def _add(section: Any, one: "dataclasses.Field[Any]", kind: Any, spelling: Spelling, sentence: str) -> None:
+def _add(
+    section: Any, one: "dataclasses.Field[Any]", kind: Any, spelling: Spelling, sentence: str, default: str
+) -> None:
     """Add the flag of one field, and its other spellings unseen."""
-    flags = [spelling.short, flag_of(one.name)] if spelling.short else [flag_of(one.name)]
-    settings: dict[str, Any] = {"dest": one.name}
+    name = name_of(one, spelling)
+    flags = [spelling.short, flag_of(name)] if spelling.short else [flag_of(name)]
+    settings: dict[str, Any] = {"dest": name}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction if one.default is not False else "store_true"
     else:
-        name, reader, count = _value(kind)
-        settings |= {"type": _converter(spelling.read or reader), "metavar": spelling.value or name, "nargs": count}
+        shown, reader, count = _value(kind)
+        count = None if spelling.read is not None else count
+        if isinstance(shown, str) and len(shown) > LONGEST_CHOICE:
+            sentence, shown = f"{sentence} One of {shown.replace('|', ', ')}.", "NAME"
+        settings |= {"type": _converter(spelling.read or reader), "metavar": spelling.value or shown, "nargs": count}
         if _is_list(kind):  # given once for each value
             settings["action"] = "append"
-    text = (spelling.hint or sentence) + _default(one.default)
+    text = (spelling.hint or sentence) + default
     if spelling.also:
         text += f" Also {', '.join(spelling.also)}."
     section.add_argument(*flags, help=text.replace("%", "%%"), **settings)
     if spelling.also:
         section.add_argument(*spelling.also, help=argparse.SUPPRESS, **settings)
     if settings.get("action") == "store_true":  # undoes what a configuration file says
-        section.add_argument(flag_of(f"no_{one.name}"), dest=one.name, action="store_false", help=argparse.SUPPRESS)
+        section.add_argument(flag_of(f"no_{name}"), dest=name, action="store_false", help=argparse.SUPPRESS)
 
 
 def _default(value: object) -> str:
-    if value is None or value is False or value in ("", ()) or value is dataclasses.MISSING:
+    if value is None or value in ("", (), 0, (0, 0, 0, 0)) or value is dataclasses.MISSING:  # off, or none
         return ""
     shown = "on" if value is True else " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
     return f" (default: {shown})"

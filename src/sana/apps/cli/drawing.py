@@ -10,26 +10,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana.apps.cli.existing import is_as_asked
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import out_of_memory_told
-from sana.apps.cli.names import is_whole_png
-from sana.apps.cli.order import Job, Order
+from sana.apps.cli.manifest import Manifest, digest
+from sana.apps.cli.order import Job, Order, told_as_flags
 from sana.apps.cli.output import Progress, Terminal, duration
 from sana.apps.cli.sheet import Sheet
 from sana.apps.cli.values import runs_of
 from sana.apps.cli.writer import Task, Writer
 from sana.engine.request import Request, Result
-from sana.errors import InvalidInput, OutOfMemory, SanaError
+from sana.errors import InvalidInput, NonFinite, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.latents import Finished
     from sana.engine.parts import Parts
     from sana.flow.samplers import Step
 
-NOT_COMPARED = frozenset({"seed", "count", "batch_size"})
-"""Settings that pictures of one order differ in, or that change only the last bits."""
+_LEFT_OUT = ("skipped", "jobs", "sheet", "failed")
+"""Of the document, where they are empty."""
+SOFT_EDGES = frozenset({"soft-edge", "hed", "scribble"})
+"""Kinds of control pictures that look alike."""
 MOST_SHOWN = 4
 """Pictures of an order that are shown in the terminal without being asked for."""
+
+
+MOST_FAILURES = 5
+"""Reasons that are told at the end of a batch."""
+
+
+class BatchFailed(SanaError):
+    """A batch went to its end, but some pictures could not be drawn."""
+
+    exit_code = 6
 
 
 class PartialBatch(SanaError):
@@ -53,12 +66,14 @@ class Report:
     jobs: list[dict[str, Any]] = field(default_factory=list)
     """Settings, files and seeds of each of several prompts or points of a sweep."""
     sheet: str | None = None
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    """Pictures of a batch that could not be drawn, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document."""
         timings = {stage: round(seconds, 4) for stage, seconds in self.timings.items()}
         document = {**dataclasses.asdict(self), "timings": timings}
-        return {name: value for name, value in document.items() if value or name not in ("skipped", "jobs", "sheet")}
+        return {name: value for name, value in document.items() if value or name not in _LEFT_OUT}
 
     def add(self, result: Result) -> None:
         """Take in what a finished call of the engine took."""
@@ -67,10 +82,13 @@ class Report:
 
 
 class Drawing:
-    """An order in work."""
+    """An order in work; with a manifest, what fails is noted there and the rest goes on."""
 
-    def __init__(self, parts: "Parts", order: Order, report: Report, terminal: Terminal) -> None:
+    def __init__(
+        self, parts: "Parts", order: Order, report: Report, terminal: Terminal, manifest: Manifest | None = None
+    ) -> None:
         self.parts, self.order, self.report, self.terminal = parts, order, report, terminal
+        self.manifest = manifest
         self.writer = Writer()
         self.sheet = Sheet(order) if order.sheet is not None else None
         self.latents: list[Path] = []
@@ -87,6 +105,7 @@ class Drawing:
             PartialBatch: some pictures were written before an error.
         """
         requests = self.order.fitted(self.parts.effective_card)
+        self._warn_of_kinds()
         steps = [request.resolve(self.parts.effective_card).steps for request in requests]
         todo = [self._todo(job, request) for job, request in zip(self.order.jobs, requests, strict=True)]
         self._steps = sum(len(seeds) * n for seeds, n in zip(todo, steps, strict=True))
@@ -96,6 +115,7 @@ class Drawing:
                     for run in runs_of(seeds):
                         self._draw(job, request.replace(seed=run.start, count=len(run)))
             self._save_sheet()
+            self._finish()
         except (SanaError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -105,8 +125,39 @@ class Drawing:
         finally:  # what is told of an error has what was done before it
             self.terminal.draft = self.report.to_dict()
 
+    def _warn_of_kinds(self) -> None:
+        """Say which control pictures are of another kind than the network was trained for."""
+        made_for = self.parts.effective_card.control
+        kinds = {control.kind for job in self.order.jobs for control in job.request.controls}
+        alike = SOFT_EDGES if made_for in SOFT_EDGES else {made_for}
+        own = made_for is not None and self.order.machine.controlnet is None
+        for kind in sorted(kinds - {"map", *alike} if own else ()):
+            self.terminal.warn(f"The control network was made for {made_for}, not for {kind}; expect less of it.")
+
+    def _finish(self) -> None:
+        """Tell how a batch went.
+
+        Raises:
+            BatchFailed: some of it could not be drawn.
+        """
+        if self.manifest is None:
+            return
+        drawn, there, failed = len(self.report.files), len(self.report.skipped), self.manifest.failures
+        told = [f"{drawn} drawn", f"{there} there already" if there else "", f"{len(failed)} failed" if failed else ""]
+        self.terminal.say(f"{drawn + there + len(failed)} pictures: {', '.join(filter(None, told))}.")
+        if not failed:
+            return
+        lines = dict.fromkeys(f"{entry['line']}: {entry['error']}" for entry in failed)
+        shown = list(lines)[:MOST_FAILURES]
+        for text in shown:
+            self.terminal.say(f"  {text}")
+        more = f" The first {len(shown)} reasons are above." if len(lines) > len(shown) else ""
+        raise BatchFailed(f"{len(failed)} of the pictures could not be drawn.{more} The same command tries them again.")
+
     def _explain(self, error: SanaError | OSError) -> None:
         """Raise the error again, with what was written in spite of it."""
+        if isinstance(error, BatchFailed):
+            raise error
         reason = str(error) if isinstance(error, SanaError) else f"{error.strerror or error}."
         if hasattr(error, "latents"):  # its own text speaks to callers in Python
             reason = "The memory is full: the picture cannot be decoded, not even in pieces. Lower --size."
@@ -121,6 +172,8 @@ class Drawing:
         done = f"{len(self.report.files)} of {self.count} pictures were written."
         if self.count == 1 or self.order.to_stdout or len(self.report.files) == self.count:
             return done
+        if self.manifest is not None:
+            return f"{done} For the rest, run the same command again."
         seed = f"--seed {self.order.seeds[0]} " if self.order.drew_seed else ""
         return f"{done} For the rest, repeat the command with {seed}--skip-existing."
 
@@ -137,29 +190,57 @@ class Drawing:
         if not self.order.writing.skip_existing:
             return list(job.seeds)
         here = {seed: file for seed, file in zip(job.seeds, job.files, strict=True) if file.exists()}
-        for file in here.values():
-            self._check_skipped(file, request)
+        for seed, file in list(here.items()):
+            try:
+                if not is_as_asked(file, request.resolve(self.parts.effective_card)):
+                    self.terminal.warn(f"{file} was drawn with other settings; it is left as it is.")
+            except InvalidInput as error:
+                self._note_failure(job, [seed], error)
+                del here[seed]
         self.report.skipped += map(str, here.values())
         if self.sheet is not None:
             for seed, file in here.items():
                 self.sheet.add_file(job, seed, file)
         self.count -= len(here)
-        return [seed for seed in job.seeds if seed not in here]
-
-    def _check_skipped(self, file: Path, request: Request) -> None:
-        """Refuse a file that was cut short, and tell of one that was drawn otherwise than it is asked for now."""
-        from sana.engine.metadata import read_metadata
-
-        if not is_whole_png(file):
-            raise InvalidInput(f"{file} is no whole picture. Delete it, or draw it again with --force.")
-        record = read_metadata(file).record
-        drawn = record.get("request") if record is not None else None
-        asked = request.resolve(self.parts.effective_card).to_dict()
-        if isinstance(drawn, dict) and any(drawn.get(name) != asked[name] for name in asked.keys() - NOT_COMPARED):
-            self.terminal.warn(f"{file} was drawn with other settings; it is left as it is.")
+        broken = {entry["file"] for entry in self.report.failed}
+        return [
+            seed
+            for seed, file in zip(job.seeds, job.files, strict=True)
+            if seed not in here and str(file) not in broken
+        ]
 
     def _draw(self, job: Job, request: Request) -> None:
-        """Draw a run of consecutive seeds."""
+        """Draw a run of consecutive seeds; in a batch what cannot be drawn is noted, and the rest goes on."""
+        rest = request
+        while True:
+            before = self._drawn
+            error = self._attempt(job, rest)
+            if error is None:
+                return
+            drawn = self._drawn - before
+            # What memory or a number failed for is one batch of pictures; anything else would fail for all of them.
+            one_batch = isinstance(error, OutOfMemory | NonFinite)
+            lost = min(rest.batch_size if one_batch else rest.count, rest.count - drawn)
+            first = int(rest.seed or 0) + drawn
+            self._note_failure(job, range(first, first + lost), error)
+            self._drawn += lost
+            if drawn + lost >= rest.count:
+                return
+            rest = rest.replace(seed=first + lost, count=rest.count - drawn - lost)
+
+    def _note_failure(self, job: Job, seeds: Sequence[int], error: SanaError) -> None:
+        """Write down what could not be drawn; without a manifest that ends the order. Raises the error then."""
+        if self.manifest is None:
+            raise error
+        files = {seed: job.files[job.seeds.index(seed)] for seed in seeds}
+        text = told_as_flags(str(error))
+        self.manifest.failed(files, text, job.entry.place, _digest(job))
+        self.report.failed = list(self.manifest.failures)
+        self.terminal.event("failed", files=[str(file) for file in files.values()], message=text)
+        self.terminal.say(f"{job.entry.place}: {text}")
+
+    def _attempt(self, job: Job, request: Request) -> SanaError | None:
+        """Draw pictures of consecutive seeds, and return the error that ended it early."""
         from sana.engine.generate import generate
 
         before, began = self._steps_done, time.perf_counter()
@@ -168,10 +249,15 @@ class Drawing:
         with contextlib.closing(loop):
             while True:
                 try:
-                    event = next(loop)
+                    with out_of_memory_told():
+                        event = next(loop)
                 except StopIteration as end:
                     self.report.add(end.value)
-                    return
+                    return None
+                except SanaError as error:
+                    if self.manifest is None:
+                        raise
+                    return error
                 self.writer.poll()
                 if isinstance(event, Result):
                     now = time.perf_counter()
@@ -235,6 +321,8 @@ class Drawing:
             self._entries[id(job)]["seeds"].append(seed)
         if not self.order.to_stdout:
             self.terminal.result(str(target))
+        if self.manifest is not None:
+            self.manifest.done(target, seed, seconds, job.entry.place, _digest(job))
         self.terminal.event("image", file=str(target), seed=seed, seconds=round(seconds, 4))
         steps = f"{settings.steps} step{'s' if settings.steps != 1 else ''}"
         device = result.model.get("device", "")
@@ -277,6 +365,11 @@ class Drawing:
         self.terminal.result(str(target))
         self.terminal.event("sheet", file=str(target))
         self.terminal.show(self.sheet.image(str(self.report.model.get("name", ""))))
+
+
+def _digest(job: Job) -> str:
+    """Return what stands in a manifest for all the settings of a picture but its seed."""
+    return digest(job.settings.values, ("seed", "count", "batch_size", "output", "prompt_file"))
 
 
 def _print_png(result: Result, i: int, metadata: Any) -> None:

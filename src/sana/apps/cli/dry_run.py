@@ -1,9 +1,7 @@
 """`--dry-run`: what an order will draw and about what it costs, without drawing, downloading or writing anything."""
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,12 @@ from sana.apps.cli import cache
 from sana.apps.cli.machine import SMALL_MODEL
 from sana.apps.cli.order import Order
 from sana.apps.cli.output import Terminal, duration, printable
+from sana.apps.cli.sizing import Sizing
 from sana.apps.cli.values import runs_of, seeds_text
 from sana.cards import CARDS, Card
 from sana.config import AutoencoderConfig, TransformerConfig
 from sana.engine import estimate
-from sana.engine.estimate import Stage, TextShape
+from sana.engine.estimate import TextShape
 from sana.engine.request import ResolvedRequest
 from sana.errors import CheckpointError, InvalidInput
 
@@ -32,11 +31,17 @@ def tell(order: Order, terminal: Terminal) -> int:
     card = _card(order)
     requests = [request.resolve(card) for request in order.fitted(card)]
     dtypes, device = _machine(order, card)
-    jobs = [estimate.stages(card, request, dtypes, text=_text_shape(order)) for request in requests]
-    times = _times(order, card, requests, jobs, device)
+    from sana.engine.placement import pick_device
+
+    sizing = Sizing.of(order.machine, card, requests, dtypes, _text_shape(order), pick_device(device))
+    times = _times(order, sizing)
+    nearest = None if sizing.fits else sizing.nearest()
     facts = {
-        "memory_bytes": round(max(map(estimate.memory, jobs))),
-        "free_memory_bytes": _free_memory(),
+        "memory_bytes": sizing.bytes,
+        "memory_mode": sizing.mode,
+        "fits": sizing.fits,
+        "nearest_that_fits": None if nearest is None else {"flags": nearest[0], "memory_bytes": nearest[1]},
+        "free_memory_bytes": sizing.limit,
         "download_bytes": _to_download(card),
         "free_disk_bytes": cache.free_bytes(order.files[0].parent),
         "free_cache_bytes": cache.free_bytes(cache.folder()),
@@ -81,13 +86,29 @@ def _page(order: Order, card: Card, requests: list[ResolvedRequest], facts: Mapp
         "time": f"about {duration(times['all'])}"
         + (f", {duration(times['all'] / count)} a picture" if count > 1 else "")
         + f"; and {duration(times['load'])} to load",
-        "memory": f"about {cache.said(cost['memory_bytes'])}" + _of(cost["free_memory_bytes"]),
+        "memory": f"about {cache.said(cost['memory_bytes'])}{_how(cost['memory_mode'])}"
+        + (f"; --max-vram {order.machine.max_vram}" if order.machine.max_vram else _of(cost["free_memory_bytes"])),
+        "fits": _fitting(cost),
         "download": f"about {cache.said(download)}{_of(free)}" if download else "nothing",
         "disk": f"{cache.said(cost['free_disk_bytes'])} free for the pictures",
     }
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items() if value]
     return "\n".join([*lines, "Nothing was drawn, downloaded or written."])
+
+
+def _how(mode: str | None) -> str:
+    return "" if mode is None else f" with --memory {mode}"
+
+
+def _fitting(cost: Mapping[str, Any]) -> str:
+    """Say nothing where it fits, else what would."""
+    if cost["fits"]:
+        return ""
+    nearest = cost["nearest_that_fits"]
+    if nearest is None:
+        return "not on this machine, with no setting"
+    return f"not like this; with {nearest['flags']} (about {cache.said(nearest['memory_bytes'])})"
 
 
 def _of(free: int | None) -> str:
@@ -101,33 +122,33 @@ def _files(order: Order) -> str:
     return f"{len(names)}: {', '.join(names[: MOST_SHOWN - 2])}, … {names[-1]}"
 
 
-def _times(
-    order: Order, card: Card, requests: list[ResolvedRequest], jobs: list[tuple[Stage, ...]], device: str
-) -> dict[str, float]:
+def _times(order: Order, sizing: Sizing) -> dict[str, float]:
     """Return seconds by stage and in all: text once for each prompt, the rest for each batch."""
     import torch
 
+    jobs = sizing.stages()
     before = torch.get_num_threads()
-    torch.set_num_threads(order.machine.threads or (1 if card.params < SMALL_MODEL else before))
+    torch.set_num_threads(order.machine.threads or (1 if sizing.card.params < SMALL_MODEL else before))
     try:
-        rates = estimate.measure(device, [stage.dtype for stage in jobs[0]])
+        rates = estimate.measure(str(sizing.device), [stage.dtype for stage in jobs[0]])
     finally:
         torch.set_num_threads(before)
-    times = {stage.name: 0.0 for stage in jobs[0]}
+    times = {stage.name: 0.0 for job in jobs for stage in job}
     prompts: set[str] = set()
-    for job, request, parts in zip(order.jobs, requests, jobs, strict=True):
+    for job, request, parts in zip(order.jobs, sizing.requests, jobs, strict=True):
         batches = sum(-(-len(run) // request.batch_size) for run in runs_of(job.seeds))
         for stage in parts:
             often = batches if stage.name != "text" else int(request.prompt not in prompts)
-            times[stage.name] += often * estimate.seconds(stage, rates)
+            times[stage.name] += often * estimate.seconds(stage, rates, sizing.mode, LOAD_RATE)
         prompts.add(request.prompt)
-    weights = sum(stage.weights for stage in jobs[0])
+    weights = sum({stage.part: stage.weights for stage in jobs[0]}.values())
     return {**times, "all": sum(times.values()), "load": LOAD_SECONDS + weights / LOAD_RATE}
 
 
 def _machine(order: Order, card: Card) -> tuple[dict[str, str], str]:
     """Return the dtype of each part, and the device."""
-    from sana.engine.parts import pick_device, recommended_dtypes
+    from sana.engine.parts import recommended_dtypes
+    from sana.engine.placement import pick_device
 
     device = pick_device(order.machine.device)
     chosen = order.machine.dtype
@@ -206,13 +227,3 @@ def _json(path: Path) -> dict[str, Any]:
 def _to_download(card: Card) -> int:
     state = cache.cached(card)
     return 0 if state.complete else max(cache.download_size(card) - state.size, 0)
-
-
-def _free_memory() -> int | None:
-    """Return the memory that programs may still take, where the system says so."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None

@@ -14,7 +14,7 @@ from sana.apps.cli import cache
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.known import DEFAULT_MODEL, TOY, check_model, millions, terms
 from sana.apps.cli.output import Terminal, listed
-from sana.apps.cli.values import read_device
+from sana.apps.cli.values import bytes_of, read_bytes, read_device
 from sana.cards import CARDS, FULL, Card
 from sana.errors import InvalidInput, OutOfMemory, SanaError
 
@@ -39,7 +39,16 @@ class Machine:
     """Precision; auto is what the model's card recommends, float16 is for the transformer only."""
     threads: int | None = None
     """CPU threads; left out, a small model gets one and others get all."""
-
+    controlnet: Annotated[str | None, Spelling(value="MODEL")] = None
+    """Control network for --control, where the model comes without one: a name, a hub id, a folder or a file."""
+    memory: Literal["auto", "low", "lowest"] = "auto"
+    """low: parts of the model are there only while they work; lowest: block by block; auto: as little as need be."""
+    max_vram: Annotated[str | None, Spelling(value="8GB", read=read_bytes)] = None
+    """Memory that --memory auto may count on, of the GPU or else of the computer, in place of what is free."""
+    quantize: Literal[
+        "none", "int8", "bitsandbytes-int8", "bitsandbytes-nf4", "torchao-int8", "torchao-fp8", "torchao-int4"
+    ] = "none"
+    """Keep the weights of transformer and text encoder in fewer bits; all but int8 need a further package."""
     compile: bool = False
     """Translate the model for this computer: minutes at first, kept for later runs, then faster pictures."""
 
@@ -47,6 +56,20 @@ class Machine:
         check_model(self.model)
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise InvalidInput(f"`threads` must be a whole number from 1 to {MAX_THREADS} but is {self.threads}.")
+        if self.max_vram is not None and self.memory != "auto":
+            raise InvalidInput(
+                f"`max_vram` has no effect with `memory` {self.memory}; it guides auto. Drop one of them."
+            )
+        if self.compile and self.memory != "auto":
+            raise InvalidInput(
+                f"`compile` needs the whole model in memory, `memory` {self.memory} not. Drop one of them."
+            )
+
+    @property
+    def memory_mode(self) -> str | None:
+        """How the parts are kept; None: all the time, as compiled code needs and the small built-in model can have."""
+        spare = self.compile or (self.built_in is not None and self.max_vram is None)
+        return None if self.memory == "auto" and spare else self.memory
 
     @property
     def card(self) -> Card | None:
@@ -84,7 +107,7 @@ class Machine:
         if (self.built_in or self.folder) is not None:
             bar: contextlib.AbstractContextManager[Any] = terminal.count(1, text=f"loading {self.model}")
         else:  # the hub library draws its own
-            bar = _hub_bars(shown=not terminal.quiet and sys.stderr.isatty())
+            bar = hub_bars(shown=not terminal.quiet and sys.stderr.isatty())
         with bar, out_of_memory_told():
             from sana.checkpoints.folder import COMPONENTS
             from sana.engine.parts import load
@@ -99,13 +122,34 @@ class Machine:
                 terminal.warn(f"{self.model} has no plain weights; its variant {variant} is loaded.")
             place = self.built_in or self.model
             with _cpu_threads(self.threads or (1 if self.built_in is not None else None)):
-                parts = load(place, device=self.device, dtype=dtype, variant=variant, **absent)
+                parts = load(place, device=self.device, dtype=dtype, variant=variant, **self._sparing(only), **absent)
+            self._tell_of_memory(parts, terminal)
+            if self.controlnet is not None and only is None:
+                from sana.apps.cli.controlnets import attach
+
+                attach(parts, self.controlnet, terminal)
             if self.compile:
                 parts.compile()
-                terminal.say("The model is compiled with the first picture of a size, which takes longer for that.")
+                pays = "is too small for --compile to pay" if self.built_in is not None else "is compiled"
+                terminal.say(f"{self.model} {pays}; the first picture of a size takes longer for that.")
         seconds = time.perf_counter() - began
         terminal.event("loaded", model=parts.name, device=parts.device.type, seconds=round(seconds, 4))
         return parts, seconds
+
+    def _sparing(self, only: Collection[str] | None) -> dict[str, Any]:
+        """Return the arguments of `load` that save memory."""
+        mode = self.memory_mode
+        if mode == "auto" and only is not None:
+            mode = None
+        limit = None if self.max_vram is None or mode is None else bytes_of(self.max_vram)
+        config = None if self.quantize == "none" or only == ("vae",) else self.quantize
+        return {"memory": mode, "max_memory": limit, "quantization_config": config}
+
+    def _tell_of_memory(self, parts: "Parts", terminal: Terminal) -> None:
+        if self.memory == "auto" and parts.placement is not None:
+            how = "part by part" if parts.placement.mode == "low" else "block by block"
+            room = f"--max-vram {self.max_vram}" if self.max_vram else "the free memory"
+            terminal.say(f"{self.model} does not fit into {room} at once, so it is loaded {how} as it is needed.")
 
     def _warn_of_namesakes(self, terminal: Terminal) -> None:
         """Say which of two things of one name is taken: a folder here, or a model that is known by it."""
@@ -200,7 +244,8 @@ def _announce(card: Card, terminal: Terminal, parts: Collection[str] | None) -> 
 
 
 @contextlib.contextmanager
-def _hub_bars(*, shown: bool) -> Iterator[None]:
+def hub_bars(*, shown: bool) -> Iterator[None]:
+    """Let the hub library show its bars, or not, for the length of a `with` block."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if shown or are_progress_bars_disabled():
@@ -233,3 +278,5 @@ def out_of_memory_told() -> Iterator[None]:
 
 
 MACHINE = Group(title="the model", options=Machine)
+RECORDED = dataclasses.replace(MACHINE, title="the model; left out, what the file says", defaults=False)
+"""For a file that says with which model, and how, it was made."""

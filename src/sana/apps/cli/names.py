@@ -49,12 +49,29 @@ def _shortened(word: str) -> str:
     return short
 
 
+def safe_name(wish: str) -> str:
+    """Return a name that somebody chose as a file can have it on every system; what cannot stay becomes a hyphen."""
+    kept = (mark if mark in "-_.+ " or unicodedata.category(mark)[0] in "LNM" else "-" for mark in wish)
+    name = unicodedata.normalize("NFC", "".join(kept)).strip(" .") or "picture"
+    while len(name.encode()) > LONGEST_SLUG_BYTES:
+        name = name[:-1]
+    name = name.rstrip(" .")
+    return f"{name}-" if name.split(".")[0].upper() in _RESERVED else name
+
+
 def plan_files(
-    prompt: str, seeds: Sequence[int], output: str | None, *, values: Sequence[str] = (), number: str = ""
+    prompt: str,
+    seeds: Sequence[int],
+    output: str | None,
+    *,
+    name: str = "",
+    values: Sequence[str] = (),
+    number: str = "",
 ) -> list[Path]:
     """Return the path of each picture; with `output` a file, several pictures get their seeds into its name.
 
     Args:
+        name: what the pictures are called in a folder, instead of by their prompt.
         values: what a sweep sets for these pictures, as words; they go into the name, numbers with their points.
         number: tells the prompts apart where `output` is a file for several.
 
@@ -70,7 +87,7 @@ def plan_files(
         ends = ([str(seed)] if len(seeds) > 1 else [] for seed in seeds)
         return [path.with_stem("-".join([path.stem, *filter(None, [number]), *middle, *end])) for end in ends]
     folder = Path(output).expanduser() if output is not None else Path()
-    name = slug(prompt)
+    name = safe_name(name) if name else slug(prompt)
     while middle and len("-".join([name, *middle]).encode()) > LONGEST_STEM_BYTES and len(name) > 1:
         name = name[:-1]
     return [folder / f"{'-'.join([name.rstrip('-'), *middle, str(seed)])}.png" for seed in seeds]
@@ -127,6 +144,8 @@ def check_files(files: Sequence[Path], *, force: bool, make: bool = True) -> Non
         InvalidInput: a file exists already and `force` is off, or the folder cannot be written to.
     """
     folder = files[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"{folder} is there, but is no folder. Choose another -o.")
     try:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +178,8 @@ def open_to_all(folder: Path) -> bool:
     return os.name == "posix" and bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
+_RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))})
+"""Names that Windows keeps for devices."""
 _VARIATION_SELECTORS = frozenset(map(chr, range(0xFE00, 0xFE10)))
 _APOSTROPHES = "'’"
 _NUMBER = re.compile(r"\d{1,12}(\.\d{1,12})?")

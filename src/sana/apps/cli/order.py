@@ -5,34 +5,25 @@ import dataclasses
 import importlib.util
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sana.apps.cli import arguments, settings
+from sana.apps.cli.arguments import options_of
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.names import STDOUT, distinct, is_folder, plan_files, slug
-from sana.apps.cli.options import GROUPS, REFUSED, Files, Manner, keys, picture_keys
+from sana.apps.cli.options import EDIT, EVERYTHING, FIELDS, Files, Manner, keys, picture_keys
+from sana.apps.cli.output import printable
 from sana.apps.cli.prompts import Entry, read_prompts
+from sana.apps.cli.roads import GENERATE, Road
 from sana.apps.cli.settings import FLAG, Settings
 from sana.apps.cli.sweep import Axis, points, read_axes
 from sana.apps.cli.values import MOST_SEEDS, Shape
 from sana.cards import Card
 from sana.engine.request import Request, ResolvedRequest
-from sana.errors import InvalidInput, MissingDependency
-
-USAGE = 'sana "PROMPT" [options]'
-DESCRIPTION = """\
-Draw pictures of a prompt and print the paths of their files, one a line.
-
-  sana "a red fish above a yellow boat" --seed 1-4
-  sana "a lighthouse in fog" -m sana-1.6b-1024 --size 16:9 -o pictures/
-  sana "a blue cat" --seed 7 --sweep steps=4,8,20 --sweep guidance=1,4.5
-  sana --prompt-file prompts.txt --seed 1-4 -o pictures/
-
-Picture i is drawn from seed + i, alone or among others the same: to the last bit at the same
---batch-size, --threads and device, and but for rounding otherwise."""
+from sana.errors import InvalidInput, MissingDependency, ModelNotFound
 
 RANDOM_SEEDS = 1_000_000
 """Seeds that are drawn for the user lie below this: short enough to type again."""
@@ -53,6 +44,8 @@ class Job:
     settings: Settings
     point: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What a sweep sets here, in words."""
+    entry: Entry = dataclasses.field(default_factory=lambda: Entry(place="", values={}))
+    """The line of a file of prompts that it comes from."""
 
     @property
     def shape(self) -> Shape | None:
@@ -63,7 +56,7 @@ class Job:
     @property
     def given(self) -> frozenset[str]:
         """Fields of the request that somebody set."""
-        return frozenset(f.name for f in dataclasses.fields(Request) if f.name in self.settings.values)
+        return frozenset(FIELDS.get(name, name) for name in self.settings.values)
 
     def fitted(self, card: Card) -> Request:
         """Return the request with its size in pixels, checked against the model.
@@ -93,6 +86,8 @@ class Order:
     axes: Sequence[Axis] = ()
     sheet: Path | None = None
     """Where the sheet of a sweep goes."""
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Flags of the verb that are no settings."""
 
     @property
     def request(self) -> Request:
@@ -124,24 +119,30 @@ class Order:
         return [job.fitted(card) for job in self.jobs]
 
 
-def parse(words: Sequence[str]) -> Order:
-    """Return what the command line orders, together with files and variables.
+def parse(words: Sequence[str], road: Road = GENERATE, name: "Naming | None" = None) -> Order:
+    """Return what the command line of a verb orders, together with files and variables.
+
+    Args:
+        name: gives the jobs their files, and seeds where they have none.
 
     Raises:
         InvalidInput, MissingDependency: no model could carry it out.
     """
-    prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
+    plain, given = arguments.read(
+        words, road.groups, usage=road.usage, description=road.description, refused=road.refused
+    )
     manner, known = Manner(**arguments.take(Manner, given)), keys()
     flags = {name: value for name, value in given.items() if name in known}
-    base = settings.gather({**_positional(prompts), **flags}, manner.config, known)
+    base = settings.gather({**flags, **road.words(plain, flags)}, manner.config, known)
     if not {"prompt", "prompt_file"} & set(base.values):
-        raise InvalidInput('What should the picture show? For example: sana "a red fish above a yellow boat"')
+        raise InvalidInput(road.nothing)
     with base.told():
         machine = Machine(**arguments.take(Machine, dict(base.values)))
         writing = Files(**arguments.take(Files, dict(base.values)))
         axes = read_axes(base.values.get("sweep", ()), known)
-    jobs = _named(_jobs(base, axes, base.values.get("prompt_file")), writing)
-    order = Order(jobs=jobs, machine=machine, writing=writing, manner=manner, settings=base, axes=axes)
+    jobs = (name or _named)(_jobs(base, axes, road), writing, base)
+    others = {name: value for name, value in given.items() if name not in known}
+    order = Order(jobs=jobs, machine=machine, writing=writing, manner=manner, settings=base, axes=axes, others=others)
     if order.to_stdout and len(order.files) > 1:
         raise InvalidInput(f"`output` - writes one picture, not {len(order.files)}. Name a folder instead.")
     return dataclasses.replace(order, sheet=distinct([*order.files, _sheet(order)])[-1]) if axes else order
@@ -169,39 +170,43 @@ def named_as_flags() -> Iterator[None]:
     try:
         yield
     except InvalidInput as error:
-        raise InvalidInput(re.sub(r"`(\w+)`", _as_flag, str(error))) from error
+        raise InvalidInput(told_as_flags(str(error))) from error
+
+
+def told_as_flags(text: str) -> str:
+    """Return an error's text with flags in the place of fields."""
+    return re.sub(r"`(\w+)`", _as_flag, text)
 
 
 def _as_flag(found: re.Match[str]) -> str:
     if found[1] == "prompt":
         return "The prompt" if found.start() == 0 else "the prompt"
-    known = {f.name for group in GROUPS for f in dataclasses.fields(group.options)}
-    return arguments.flag_of(found[1]) if found[1] in known else found[0]
+    known = {f.name for group in EVERYTHING for f in dataclasses.fields(group.options)}
+    names = {field: name for name, field in FIELDS.items()}
+    return arguments.flag_of(names.get(found[1], found[1])) if found[1] in known else found[0]
 
 
-def _positional(prompts: Sequence[str]) -> dict[str, str]:
-    if len(prompts) > 1:
-        raise InvalidInput(f'The prompt must be one argument. Put it in quotes: sana "{" ".join(prompts)}"')
-    if list(prompts) == [STDOUT]:
-        raise InvalidInput("A lone - is no prompt. To read prompts from stdin, a line each: sana --prompt-file -")
-    return {"prompt": prompts[0]} if prompts else {}
-
-
-def _jobs(base: Settings, axes: Sequence[Axis], prompt_file: str | None) -> list[Job]:
+def _jobs(base: Settings, axes: Sequence[Axis], road: Road) -> list[Job]:
     """Return a job for every prompt and point of a sweep, without files; seeds that are to be drawn are missing."""
+    source = base.values.get("prompt_file")
     with base.told():
-        entries = read_prompts(prompt_file, picture_keys()) if prompt_file is not None else [Entry(place="", values={})]
+        entries = read_prompts(source, picture_keys()) if source is not None else [Entry(place="", values={})]
     jobs: list[Job] = []
     pictures = 0
     for entry in entries:
         own = base.under(entry.values, entry.place) if entry.place else base
+        own = _without_unused(own, entry.place)
+        if road.needs_image and "image" not in own.values:
+            raise InvalidInput(
+                f"{entry.place + ': which' if entry.place else 'Which'} picture? For example: {road.usage}"
+            )
         for name in (axis.field for axis in axes):
             if name in own.values and own.origins[name] in (FLAG, entry.place):
                 place = arguments.flag_of(name) if own.origins[name] == FLAG else entry.place
                 raise InvalidInput(f"`sweep` varies {name}, which is also set by {place}. Drop one of them.")
         for point in points(axes):
             swept = own.under({name: value for name, (value, _) in point.items()}, "--sweep")
-            job = _job(swept, {name: label for name, (_, label) in point.items()})
+            job = _job(swept, {name: label for name, (_, label) in point.items()}, entry)
             pictures += len(job.seeds) or job.request.count
             if pictures > MOST_PICTURES:
                 raise InvalidInput(f"These are more than {MOST_PICTURES} pictures. Order fewer at once.")
@@ -209,8 +214,20 @@ def _jobs(base: Settings, axes: Sequence[Axis], prompt_file: str | None) -> list
     return jobs
 
 
-def _job(own: Settings, point: Mapping[str, str]) -> Job:
-    values = dict(own.values)
+def _without_unused(own: Settings, place: str) -> Settings:
+    """Return settings without those of a file or a variable, which are for all verbs, that have no effect here."""
+    if "image" not in own.values:
+        names = set(options_of((EDIT,)))
+    else:
+        names = set() if {"mask", "outpaint"} & set(own.values) else {"feather"}
+    unused = {name for name in names if own.origins.get(name, FLAG) not in (FLAG, place)}
+    return Settings(
+        values={name: value for name, value in own.values.items() if name not in unused}, origins=own.origins
+    )
+
+
+def _job(own: Settings, point: Mapping[str, str], entry: Entry) -> Job:
+    values = {FIELDS.get(name, name): value for name, value in own.values.items()}
     shape, wished = values.pop("size", None), values.pop("seed", None)
     with own.told():
         picture = arguments.take(Request, values)
@@ -219,13 +236,14 @@ def _job(own: Settings, point: Mapping[str, str]) -> Job:
         _check_prompt(picture["prompt"])
         request = Request(**picture)
         _check_cleaning(request)
+        _check_attached(request, entry.place)
         many = wished is not None and len(wished) > 1
         count = 1 if many or wished is None else request.replace(seed=wished[0]).count
     seeds = wished if many else list(range(wished[0], wished[0] + count)) if wished else []
-    return Job(request=request, seeds=seeds, files=(), settings=own, point=point)
+    return Job(request=request, seeds=seeds, files=(), settings=own, point=point, entry=entry)
 
 
-def _named(jobs: Sequence[Job], writing: Files) -> list[Job]:
+def _named(jobs: Sequence[Job], writing: Files, base: Settings) -> list[Job]:
     """Return the jobs with their files, and one start for all seeds to be drawn that gives names not taken yet."""
     prompts = dict.fromkeys(job.request.prompt for job in jobs)
     numbers = {prompt: f"{i}" for i, prompt in enumerate(prompts, start=1)} if len(prompts) > 1 else {}
@@ -245,7 +263,8 @@ def _named(jobs: Sequence[Job], writing: Files) -> list[Job]:
 def _planned(job: Job, start: int, output: str | None, number: str) -> Job:
     seeds = job.seeds or list(range(start, start + job.request.count))
     values = [word for name, label in job.point.items() if name != "seed" for word in (name, label)]
-    files = plan_files(job.request.prompt, seeds, output, values=values, number=number)
+    prompt, name = job.request.prompt, job.entry.name
+    files = plan_files(prompt, seeds, output, name=name, values=values, number=number)
     return dataclasses.replace(job, request=job.request.replace(seed=seeds[0], count=1), seeds=seeds, files=files)
 
 
@@ -261,6 +280,10 @@ def _sheet(order: Order) -> Path:
     return first.files[0].with_name(f"{name}-sweep-{first.seeds[0]}.png")
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)")
+Naming = Callable[[Sequence[Job], Files, Settings], list[Job]]
+
+
 def _check_prompt(prompt: Any) -> None:
     if not prompt.strip():
         raise InvalidInput("`prompt` is empty. Say what the picture should show.")
@@ -268,6 +291,30 @@ def _check_prompt(prompt: Any) -> None:
         prompt.encode()
     except UnicodeEncodeError:
         raise InvalidInput("`prompt` is not valid UTF-8. Check the encoding of the terminal.") from None
+
+
+def _check_attached(request: Request, place: str) -> None:
+    """Refuse adapters that are not there, and pictures that cannot be read, by their headers, before loading anything.
+
+    Raises:
+        ModelNotFound, InvalidInput: naming the file.
+    """
+    for lora in request.loras:
+        name = str(lora.source)
+        if "://" not in name and not Path(name).expanduser().exists() and not _HUB_ID.fullmatch(name):
+            where = f"{place}: " if place else ""
+            raise ModelNotFound(f"{where}There is no file {printable(name[:80])} for --lora. Check the name.")
+    named = {"image": request.image, "mask": request.mask}
+    sources = {name: source for name, source in named.items() if source is not None}
+    if not sources and not request.controls:
+        return
+    from sana.engine.pictures import picture_size
+
+    for name, source in (*sources.items(), *(("control image", control.image) for control in request.controls)):
+        try:
+            picture_size(source, name)
+        except (ModelNotFound, InvalidInput) as error:
+            raise type(error)(f"{place}: {error}" if place else str(error)) from error
 
 
 def _check_cleaning(request: Request) -> None:

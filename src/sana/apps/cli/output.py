@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 _PLAIN = str.maketrans({"·": "-", "×": "x", "…": "...", "✓": "+", "✗": "x"})
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Marks that turn the direction of text round, and make it read as something else."""
+SHORTEST_SILENCE = 2.0
+"""Seconds between two lines of progress where there is no bar."""
 LONGEST_SILENCE = 60.0
 """Seconds after which a slow run says something."""
 _LOG = logging.getLogger("sana")
+_ADAPTERS = logging.getLogger("sana.engine.adapters")
 
 
 class Terminal:
@@ -70,7 +73,7 @@ class Terminal:
             _write(sys.stdout, _json(content, indent=2))
         self.event("done", **content)
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """Print one line of JSON about what happens, if events were asked for; nothing follows `done` or `error`."""
         if self.events and not self._is_done:
             self._is_done = name in ("done", "error")
@@ -135,20 +138,23 @@ class Terminal:
             warnings.showwarning = lambda message, *_, **__: self.warn(str(message))
             _LOG.addHandler(handler)
             _LOG.setLevel(logging.INFO if self.verbose else logging.WARNING)
+            _ADAPTERS.setLevel(logging.INFO)  # how many layers an adapter matched is always told
             try:
                 yield
             finally:
                 _LOG.removeHandler(handler)
                 _LOG.setLevel(level)
+                _ADAPTERS.setLevel(logging.NOTSET)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at every tenth of the way, or after a minute; with --quiet nothing."""
+    """A bar on a terminal; elsewhere a line at every tenth of the way, if that takes a while; with --quiet nothing."""
 
     def __init__(self, terminal: Terminal, total: int, done: int = 0, text: str = "") -> None:
         self.terminal, self.total, self.done = terminal, total, done
         self.bar: Any = None
         self._first = done
+        self._is_due = False
         self._began = self._spoken = time.perf_counter()
         if not terminal.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
@@ -182,8 +188,10 @@ class Progress:
                 self.bar.update(done - before)
             return
         now = time.perf_counter()
-        if done * 10 // total > before * 10 // total or now - self._spoken > LONGEST_SILENCE:
-            self._spoken = now
+        self._is_due |= done * 10 // total > before * 10 // total
+        silence = now - self._spoken
+        if (self._is_due and silence >= SHORTEST_SILENCE) or silence > LONGEST_SILENCE:
+            self._is_due, self._spoken = False, now
             self.terminal.say(f"{done * 100 // total:3d} % · {text}{self._left()}")
 
     def _left(self) -> str:

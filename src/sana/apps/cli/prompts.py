@@ -26,6 +26,8 @@ class Entry:
     """File and line, for messages."""
     values: Mapping[str, Any]
     """By field name, `prompt` among them, as the flags' readers return them."""
+    name: str = ""
+    """What its pictures are to be called, or empty."""
 
 
 def read_prompts(source: str, keys: Mapping[str, Option]) -> list[Entry]:
@@ -42,9 +44,9 @@ def read_prompts(source: str, keys: Mapping[str, Option]) -> list[Entry]:
     for place, values in read(text, name):
         if len(entries) == MOST_PROMPTS:
             raise InvalidInput(f"{name} has more than {MOST_PROMPTS} prompts. Split it.")
-        entries.append(
-            Entry(place=place, values=_checked(place, values, keys, from_text if read is _csv else from_value))
-        )
+        checked = _checked(place, values, keys, from_text if read is _csv else from_value)
+        called = str(checked.pop("name", ""))
+        entries.append(Entry(place=place, values=checked, name=called))
     if not entries:
         raise InvalidInput(f"{name} holds no prompt. Write one into each line.")
     return entries
@@ -86,11 +88,23 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     content = _parsed(name, text)
+    if isinstance(content, dict):
+        yield from _named_records(content, name)
+        return
     if not isinstance(content, list):
         raise InvalidInput(f"{name} must hold a list of prompts: texts, or objects with a `prompt`.")
     for number, value in enumerate(content, start=1):
         place = f"{name}, entry {number}"
         yield place, _record(place, value)
+
+
+def _named_records(content: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read an object of records, whose keys are the names of the pictures."""
+    if isinstance(content.get("prompt"), str):
+        raise InvalidInput(f"{name} must hold a list of prompts, or an object of them by name: put [] around it.")
+    for key, value in content.items():
+        place = f"{name}, entry '{key[:40]}'"
+        yield place, {"name": key, **_record(place, value)}
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

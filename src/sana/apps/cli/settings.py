@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import tomllib
 import typing
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sana.apps.cli.arguments import Option
+from sana.apps.cli.notation import TEXTS, read_outpaint
 from sana.apps.cli.output import printable
 from sana.apps.cli.values import Shape
 from sana.errors import InvalidInput, did_you_mean
@@ -123,7 +125,7 @@ def read_environment(variables: Mapping[str, str], keys: Mapping[str, Option]) -
     values: dict[str, Any] = {}
     for variable, text in variables.items():
         name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or not text.strip():  # an empty one is unset
             continue
         if name in keys:
             values[name] = _told(f"the variable {variable}", name, from_text, keys[name], text)
@@ -173,7 +175,7 @@ def from_text(option: Option, text: str) -> Any:
         if text.strip().lower() not in _TRUTH:
             raise InvalidInput(f"takes true or false, not '{text[:40]}'.")
         return _TRUTH[text.strip().lower()]
-    if typing.get_origin(kind) is not tuple:
+    if typing.get_origin(kind) is not tuple or _reads_whole(option):
         return option.reader(text)
     parts = text.split(";") if typing.get_args(kind)[-1] is Ellipsis else text.replace(",", " ").split()
     return _as_list(option, [option.reader(part) for part in parts])
@@ -186,8 +188,10 @@ def from_value(option: Option, value: Any) -> Any:
         InvalidInput: with what follows the name of the option in the sentence.
     """
     kind, shown = option.kind, repr(value)[:40]
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return _as_list(option, [from_value(Option(typing.get_args(kind)[0], option.reader), v) for v in value])
+    if typing.get_origin(kind) is tuple:
+        return _list_from_value(option, value)
+    if kind in TEXTS:
+        return _from_parts(option, value)
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
@@ -204,6 +208,36 @@ def from_value(option: Option, value: Any) -> Any:
     if kind is float and isinstance(value, int | float):
         return _float(value)
     raise InvalidInput(f"takes {_NAMES.get(kind, 'another kind of value')}, not {shown}.")
+
+
+def _list_from_value(option: Option, value: Any) -> Any:
+    """Return a list, or what has a notation for all its values, such as `"right=256"`, or for its only one."""
+    first = Option(typing.get_args(option.kind)[0], option.reader)
+    if isinstance(value, list):
+        return _as_list(option, [from_value(first, item) for item in value])
+    if _reads_whole(option) and isinstance(value, int | str) and not isinstance(value, bool):
+        return option.reader(str(value))
+    if first.kind in TEXTS:
+        return [from_value(first, value)]
+    raise InvalidInput(f"takes another kind of value, not {repr(value)[:40]}.")
+
+
+def _from_parts(option: Option, value: Any) -> Any:
+    """Return a control or an adapter from its text, from a list of its words, or from a table of its fields."""
+    if isinstance(value, dict):
+        try:
+            return option.kind.from_dict(value)
+        except InvalidInput as error:
+            raise InvalidInput(f"is wrong: {str(error).replace('`', '')}") from None
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(type(word) in (str, int, float) for word in words):
+        raise InvalidInput(f"takes text in quotes or a table, not {repr(value)[:40]}.")
+    return option.reader(value if isinstance(value, str) else shlex.join(map(str, words)))
+
+
+def _reads_whole(option: Option) -> bool:
+    """Tell whether the reader of a list of fixed length takes all of it as one text."""
+    return option.reader is read_outpaint
 
 
 def _float(value: float) -> float:
@@ -232,6 +266,8 @@ def _toml(value: Any) -> str:
         return '"random"'
     if isinstance(value, Shape):
         return _toml(str(value))
+    if type(value) in TEXTS:
+        return _toml(TEXTS[type(value)](value))
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else f"{value}"
     if isinstance(value, str):

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from sana.apps.cli.arguments import Option
-from sana.apps.cli.options import PICTURE
+from sana.apps.cli.options import PICTURE, STEERING
 from sana.apps.cli.settings import from_text
 from sana.apps.cli.values import read_seeds
 from sana.errors import InvalidInput, did_you_mean
@@ -17,7 +17,8 @@ MOST_VALUES = 100
 MOST_AXES = 3
 SWEEPABLE = (
     "steps", "guidance", "sampler", "seed", "size", "negative_prompt", "binning", "instruction", "clean_caption",
-    "max_prompt_tokens",
+    "max_prompt_tokens", "strength", "feather", "pag", "pag_adaptive_scale", "pag_layers", "max_timesteps",
+    "intermediate_timesteps",
 )  # fmt: skip
 
 
@@ -72,7 +73,12 @@ def _axis(text: str, keys: Mapping[str, Option]) -> Axis:
 
 def _field(name: str, broken: str | None) -> str:
     field = name.replace("-", "_")
-    aliases = {also.removeprefix("--").replace("-", "_"): of for of, s in PICTURE.spellings.items() for also in s.also}
+    aliases = {
+        also.removeprefix("--").replace("-", "_"): spelling.name or of
+        for group in (PICTURE, STEERING)
+        for of, spelling in group.spellings.items()
+        for also in spelling.also
+    }
     field = aliases.get(field, field)
     if field in ("prompt", "prompts", "prompt_file"):
         raise InvalidInput("`sweep` takes no prompts. Write them into a file and give it as `prompt_file`.")

@@ -10,6 +10,7 @@ from sana.engine.resolution import BINS, nearest_bin
 from sana.errors import InvalidInput, did_you_mean
 
 MOST_SEEDS = 10_000
+MOST_SHARDS = 10_000
 SHAPE_TOLERANCE = 0.1
 """How far a trained shape may be from the wanted one."""
 
@@ -43,6 +44,25 @@ class Shape:
                 f" {width}x{height}. Ask for that, or use another model."
             )
         return width, height
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One of several equal shares of a batch."""
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+def read_shard(text: str) -> Shard:
+    """Read `2/8`."""
+    found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text, re.ASCII)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]) <= MOST_SHARDS:
+        raise InvalidInput(f"takes a share such as 1/8, the first of eight, up to 8/8, not '{text[:40]}'.")
+    return Shard(number=int(found[1]), of=int(found[2]))
 
 
 def read_size(text: str) -> Shape:
@@ -95,3 +115,21 @@ def runs_of(seeds: Sequence[int]) -> Iterator[range]:
         if end == len(seeds) or seeds[end] != seeds[end - 1] + 1:
             yield range(seeds[start], seeds[start] + end - start)
             start = end
+
+
+def read_bytes(text: str) -> str:
+    """Read a size of memory such as `8GB` or `900MB`; it stays a text, as it is written in files of settings.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    bytes_of(text)
+    return text.strip()
+
+
+def bytes_of(text: str) -> int:
+    """Return how many bytes `8GB` or `900MB` are, with 1000 bytes in a kB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|MB|G|M)\s*", text, re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise InvalidInput("takes a size such as 8GB or 900MB.")
+    return round(float(found[1]) * (10**9 if found[2][0] in "gG" else 10**6))

@@ -7,6 +7,7 @@ request, and the text line that AUTOMATIC1111 made common and viewers show. Read
 from sana.engine.metadata.dialects import DIALECTS
 from sana.engine.metadata.reading import Metadata, read_metadata
 from sana.engine.metadata.record import (
+    COMPOSITE_TYPE,
     LEVELS,
     RECORD_KEY,
     RECORD_VERSION,
@@ -20,6 +21,7 @@ from sana.engine.metadata.record import (
 from sana.engine.metadata.settings import Settings, nearest_sampler, shortened
 
 __all__ = [
+    "COMPOSITE_TYPE",
     "DIALECTS",
     "LEVELS",
     "RECORD_KEY",

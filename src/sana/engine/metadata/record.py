@@ -16,6 +16,8 @@ LEVELS: tuple[Level, ...] = ("full", "label", "none")
 RECORD_KEY = "sanakit"
 RECORD_VERSION = 1
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+COMPOSITE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""What the label calls a picture of which a part is the user's own, as it was."""
 XMP_PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
@@ -45,6 +47,7 @@ def parameters_of(result: Result, index: int) -> str:
         "CFG scale": f"{settings.guidance:g}",
         "Seed": result.seeds[index],
         "Size": f"{image.width}x{image.height}",
+        "Denoising strength": "" if settings.strength is None else f"{settings.strength:g}",
         "Model": result.model.get("name", ""),
         "Version": f"sanakit {result.model.get('sanakit', '')}".strip(),
     }
@@ -53,6 +56,10 @@ def parameters_of(result: Result, index: int) -> str:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items() if value != ""))
     return "\n".join(lines)
+
+
+def _keeps(result: Result) -> bool:
+    return result.settings.mask is not None or any(result.settings.outpaint)
 
 
 def _quoted(value: str) -> str:
@@ -75,5 +82,5 @@ def png_info(result: Result, index: int, level: Level = "full") -> "PngInfo":
     if level == "full":
         info.add_text("parameters", clean(parameters_of(result, index)))
         info.add_itxt(RECORD_KEY, clean(json.dumps(record_of(result, index), ensure_ascii=False)))
-    info.add_itxt(XMP_KEY, XMP_PACKET)
+    info.add_itxt(XMP_KEY, XMP_PACKET.replace(SOURCE_TYPE, COMPOSITE_TYPE) if _keeps(result) else XMP_PACKET)
     return info

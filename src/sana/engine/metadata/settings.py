@@ -62,7 +62,7 @@ class Settings:
         elif self.sampler:
             remarks.append(f"The sampler '{shortened(self.sampler)}' is not one of ours; the model's own is taken.")
         if "<lora:" in self.prompt or any("lora" in name.lower() for name in self.extra):
-            remarks.append("Its LoRA is left out: there are none in this version.")
+            remarks.append("Its LoRA is left out: it is made for another model. Give one of yours with --lora.")
         try:
             return Request(**values), tuple(remarks)
         except InvalidInput as error:

@@ -81,7 +81,7 @@ def cell_labels(scene: cutouts.Scene) -> NDArray[np.int64]:
 
 def load_autoencoder(folder: str) -> DCAutoencoder:
     """The autoencoder saved in `folder`, in float32."""
-    from sana.checkpoints.pretrained import AutoencoderDC
+    from sana.checkpoints.autoencoder import AutoencoderDC
 
     return AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32)
 
@@ -185,7 +185,7 @@ class AutoencoderObjective:
             pictures = np.stack([cutouts.render(cutouts.sample_scene(rng)) for _ in range(16)])
             latents = self.module.autoencoder.encode(to_tensor(pictures).to(self.device))[0]
             squares += latents.double().square().mean().cpu() / 16
-        from sana.checkpoints.pretrained import AutoencoderDC
+        from sana.checkpoints.autoencoder import AutoencoderDC
 
         config = dataclasses.replace(self.module.autoencoder.config, scaling_factor=round(float(squares.rsqrt()), 5))
         finished = AutoencoderDC.from_config(config)

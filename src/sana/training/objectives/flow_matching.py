@@ -201,7 +201,7 @@ class FlowMatchingObjective:
     @functools.cached_property
     def _viewing(self) -> tuple[Tensor, Tensor, Any]:
         """Encoded preview prompts and the autoencoder."""
-        from sana.checkpoints.pretrained import AutoencoderDC
+        from sana.checkpoints.autoencoder import AutoencoderDC
 
         encoded = PromptEncoder(*load_text(self.store.text)).encode(PREVIEW_PROMPTS, COMPLEX_HUMAN_INSTRUCTION)
         autoencoder = AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float32).to(self.device)
@@ -233,7 +233,8 @@ class FlowMatchingObjective:
 
     def export(self, folder: Path) -> None:
         """Write a whole pipeline in half precision: the transformer with the encoders it was trained under."""
-        from sana.checkpoints.pretrained import AutoencoderDC, SanaTransformer2DModel
+        from sana.checkpoints.autoencoder import AutoencoderDC
+        from sana.checkpoints.pretrained import SanaTransformer2DModel
 
         finished = SanaTransformer2DModel.from_config(self.module.transformer.config)
         finished.load_state_dict(self.module.transformer.state_dict())

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import COMMON, Flag, flags_of
+from sana.apps.cli.known import TASKS
 from sana.apps.cli.output import Terminal
 from sana.cards import CARDS
 from sana.errors import InvalidInput, did_you_mean
@@ -53,7 +54,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if len(shells) != 1:
         raise InvalidInput("Which shell? One of bash, zsh, fish. For example: source <(sana completion bash)")
     if shells[0] not in SCRIPTS:
-        raise InvalidInput(f"There is no script for '{shells[0][:40]}'.{did_you_mean(shells[0], SCRIPTS)} Use bash.")
+        meant = did_you_mean(shells[0], SCRIPTS)
+        raise InvalidInput(f"There is no script for '{shells[0][:40]}', only for {', '.join(SCRIPTS)}.{meant}")
     script = SCRIPTS[shells[0]](pages())
     terminal.result(script)
     terminal.document({"shell": shells[0], "script": script})
@@ -206,10 +208,14 @@ def _metrics() -> Sequence[str]:
 
 WORDS = {
     "generate": Words(flags_in="sana.apps.cli.options"),
+    "edit": Words(files="*"),
+    "batch": Words(files="*"),
     "info": Words(files="*"),
     "replay": Words(files="*"),
     "decode": Words(files=".safetensors"),
-    "models": Words(choices=lambda: tuple(CARDS)),
+    "models": Words(choices=lambda: (*TASKS, *CARDS)),
+    "convert": Words(files="*"),
+    "lora": Words(files="*"),
     "train": Words(files=".toml"),
     "evaluate": Words(choices=_metrics),
     "completion": Words(choices=lambda: tuple(SCRIPTS)),

@@ -1,13 +1,13 @@
 """`sana config`: every setting of `sana generate`, its value and where that comes from; and `--print-config`."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from sana.apps.cli import arguments, settings
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.names import STDOUT
-from sana.apps.cli.options import GROUPS, REFUSED, SETTINGS, Manner, keys
+from sana.apps.cli.notation import TEXTS
+from sana.apps.cli.options import EDIT_GROUPS, NOT_HERE, Manner, keys
 from sana.apps.cli.order import Order, named_as_flags
 from sana.apps.cli.output import Terminal, printable
 from sana.apps.cli.settings import FLAG, Settings, to_toml
@@ -28,7 +28,7 @@ FROM_CARD = ("size", "steps", "guidance", "sampler")
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Print the table, or with --print-config the settings as a file."""
     with named_as_flags():
-        prompts, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION, refused=REFUSED)
+        prompts, given = arguments.read(words, EDIT_GROUPS, usage=USAGE, description=DESCRIPTION, refused=NOT_HERE)
         if prompts:
             raise InvalidInput(
                 "`sana config` takes options only. For one picture's settings: sana PROMPT --print-config"
@@ -60,9 +60,6 @@ def print_config(order: Order, terminal: Terminal) -> int:
     values = dict(order.settings.values)
     if values.get("prompt_file") == STDOUT:
         raise InvalidInput("`print_config` cannot name stdin as `prompt_file`. Write the prompts into a file first.")
-    if values.get("seed") is None and order.drew_seed:
-        drawn = next(job for job in order.jobs if job.settings.values.get("seed") is None)
-        values["seed"] = [drawn.seeds[0]]
     text = to_toml(_plain({name: values[name] for name in keys() if name in values}))
     card = order.machine.card
     left = {} if card is None else {n: v for n, v in _of_card(card).items() if not set(_names(n)) & set(values)}
@@ -84,7 +81,15 @@ def _plain(values: Any) -> dict[str, Any]:
 
 
 def _json(values: Any) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Shape) else value for name, value in _plain(values).items()}
+    return {name: _as_json(value) for name, value in _plain(values).items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    if type(value) in TEXTS:
+        return TEXTS[type(value)](value)
+    return str(value) if isinstance(value, Shape) else value
 
 
 def _names(name: str) -> tuple[str, ...]:
@@ -100,16 +105,16 @@ def _rows(own: Settings, machine: Machine) -> dict[str, tuple[Any, str]]:
     """Return name -> value and origin of every setting; `None` is what each model, or chance, decides."""
     card = machine.card or CARDS.get(machine.model)
     rows: dict[str, tuple[Any, str]] = {}
-    defaults = {f.name: f.default for group in SETTINGS for f in dataclasses.fields(group.options)}
-    for name in keys():
+    for name, option in keys().items():
         if name in own.values:
             place = own.origins[name]
             rows[name] = (_json(own.values)[name], "a flag" if place == FLAG else place)
         elif name in FROM_CARD and not ({"width", "height"} & set(own.values) and name == "size"):
             rows[name] = (_of_card(card)[name], f"the card of {card.name}") if card else (None, "the model")
         elif name not in ("width", "height", "prompt"):
-            default = defaults[name]
-            rows[name] = (list(default) if isinstance(default, tuple) else default, "the default")
+            default = option.default
+            off = isinstance(default, tuple) and not any(default)
+            rows[name] = (None if off else list(default) if isinstance(default, tuple) else default, "the default")
     return rows
 
 
@@ -120,6 +125,6 @@ def _table(rows: dict[str, tuple[Any, str]]) -> str:
 
 
 def _shown(name: str, value: Any) -> str:
-    if value in (None, [], ""):
+    if value in (None, [], "") or (name == "pag" and not value):
         return {"seed": "random", "threads": "auto"}.get(name, "-")
     return printable(to_toml({"x": value}).removeprefix("x = ").rstrip("\n"))[:60]

@@ -5,11 +5,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
-from sana.apps.cli.machine import MACHINE, Machine, out_of_memory_told
+from sana.apps.cli.machine import RECORDED, Machine, out_of_memory_told
 from sana.apps.cli.names import check_files, plan_files
 from sana.apps.cli.output import Terminal, duration
 from sana.cards import CARDS
@@ -40,7 +40,7 @@ class Writing:
     """Overwrite files that exist."""
 
 
-GROUPS = (MACHINE, Group(title="the files", options=Writing))
+GROUPS = (dataclasses.replace(RECORDED, leave_out=frozenset({"controlnet"})), Group(title="the files", options=Writing))
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
@@ -92,7 +92,6 @@ def _recorded(finished: "Finished") -> str:
 def _decode(parts: "Parts", finished: "Finished", terminal: Terminal) -> Result:
     """Return the pictures of finished latents."""
     from sana.engine.decode import decode_to
-    from sana.engine.images import resize_and_crop, to_pictures
 
     channels, settings = parts.vae.config.latent_channels, finished.settings
     if finished.latents.shape[1] != channels:
@@ -103,10 +102,7 @@ def _decode(parts: "Parts", finished: "Finished", terminal: Terminal) -> Result:
     pictures: list[Image] = []
     began = time.perf_counter()
 
-    def finish(images: Any) -> list[Any]:
-        return list(to_pictures(resize_and_crop(images, settings.height, settings.width)))
-
-    for made in decode_to(finish, parts.vae, finished.latents, terminal.warn):
+    for made in decode_to(finished.pictures, parts.vae, finished.latents, terminal.warn):
         pictures += made
     model = {**finished.model, "vae_dtype": str(parts.vae.dtype).removeprefix("torch.")}
     if parts.name != model.get("name"):  # then the whole is no model that could be named by its weights

@@ -120,11 +120,12 @@ def _nearest_model(settings: Settings) -> str:
 def command(request: Request, model: str, dtype: str | None = None) -> str:
     """Return the command line that carries out a request with a model, leaving out what is so by default.
 
-    It says nothing of device, threads and versions, and a folder must still be where it was.
+    It says nothing of device, threads and versions; a folder, pictures and adapters must still be where they were.
     """
     values = _unusual(request)
     width, height, prompt = (values.pop(name, None) for name in ("width", "height", "prompt"))
     words = ["sana"] if " " in request.prompt else ["sana", "generate"]
+    words = words if request.image is None else ["sana", "edit"]
     words += [prompt] if prompt and not prompt.startswith("-") else []
     words += ["--model", model] if model and model != DEFAULT_MODEL else []
     words += ["--dtype", dtype] if dtype else []
@@ -132,13 +133,40 @@ def command(request: Request, model: str, dtype: str | None = None) -> str:
     if request.sampler != "scm" and request.guidance is not None and request.guidance < 1:
         values["guidance"] = 1.0  # the same picture, and the command refuses less
     for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(arguments.flag_of(name if value else f"no_{name}"))
-        elif isinstance(value, str) and value.startswith("-"):
-            words.append(f"{arguments.flag_of(name)}={value}")
-        else:
-            words += [arguments.flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+        words += _flagged(name, value)
     return shlex.join(words if prompt in words else [*words, "--", request.prompt])
+
+
+def _flagged(name: str, value: Any) -> list[str]:
+    """Return a field of a request as words of the command line."""
+    if name == "controls":
+        return [word for one in value for word in ("--control", one["kind"], _file(one["image"]), _acting(one))]
+    if name == "loras":
+        return [word for one in value for word in ("--lora", _file(one["source"]), f"{one['scale']:.15g}")]
+    if name in ("image", "mask"):
+        return [arguments.flag_of(name), _file(value)]
+    if name == "pag_scale":
+        return ["--pag", f"{value:.15g}"]
+    if name == "pag_layers":
+        return ["--pag-layers", value if isinstance(value, str) else ",".join(value)]
+    if name == "outpaint":
+        return ["--outpaint", ",".join(map(str, value))]
+    if isinstance(value, bool):
+        return [arguments.flag_of(name if value else f"no_{name}")]
+    if isinstance(value, str) and value.startswith("-"):
+        return [f"{arguments.flag_of(name)}={value}"]
+    return [arguments.flag_of(name), *map(str, value if isinstance(value, list) else [value])]
+
+
+def _file(value: Any) -> str:
+    """Return the name of a file in a record as a path on the command line."""
+    name = (value["name"] if isinstance(value, Mapping) else str(value)) or "PICTURE"
+    return f"./{name}" if name.startswith("-") else name
+
+
+def _acting(control: Mapping[str, Any]) -> str:
+    when = (control["start"], control["end"])
+    return f"{control['scale']:.15g}" + ("" if when == (0.0, 1.0) else f"@{when[0]:.15g}-{when[1]:.15g}")
 
 
 def _unusual(request: Request) -> dict[str, Any]:
@@ -150,7 +178,12 @@ def _unusual(request: Request) -> dict[str, Any]:
 def _own(request: Request) -> dict[str, str]:
     unusual = _unusual(request)
     size = f"{unusual.pop('width', '')}x{unusual.pop('height', '')}"
-    return {name.replace("_", " "): _shown(value) for name, value in unusual.items()} | {"size": size.strip("x")}
+    rows = {name.replace("_", " "): _shown(value) for name, value in unusual.items()}
+    if request.image is not None:
+        rows["from"] = rows.pop("image")
+    if any(request.outpaint):
+        rows["outpaint"] = "left {}, top {}, right {}, bottom {}".format(*request.outpaint)
+    return rows | {"size": size.strip("x")}
 
 
 def _foreign(settings: Settings) -> dict[str, str]:
@@ -201,7 +234,20 @@ def _shown(value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return _attached(value)
+    if isinstance(value, list) and value and not isinstance(value[0], int | float):
+        return "\n".join(map(_shown, value))
     return " to ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+
+
+def _attached(value: Mapping[str, Any]) -> str:
+    """Return what a record says of a picture, a control or an adapter: its file and how it acts."""
+    if "kind" in value:
+        return f"{value['kind']} of {_shown(value['image'])}, scale {_acting(value)}"
+    if "source" in value:
+        return f"{_shown(value['source'])}, scale {value['scale']:g}"
+    return f"{shortened(str(value['name'])) or 'a picture without a file'} (SHA-256 {value['sha256'][:12]}...)"
 
 
 NEAREST = ("sana-1.6b-1024", "sana-1.6b-512", "sana-1.6b-2k", "sana-1.6b-4k")

@@ -1,109 +1,118 @@
-"""`sana models`: the table of known models, or everything about one."""
+"""`sana models`: the table of known models, or everything about one; fetching, checking and removing it."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 from sana.apps.cli import arguments, cache
-from sana.apps.cli.known import millions, no_model, terms
-from sana.apps.cli.output import Terminal, listed
-from sana.cards import CARDS, Card
-from sana.errors import InvalidInput
+from sana.apps.cli.arguments import Group, Spelling, flag_of
+from sana.apps.cli.known import TASKS, no_model
+from sana.apps.cli.model_pages import facts, folder_facts, folder_page, page, table
+from sana.apps.cli.output import Terminal
+from sana.cards import CARDS
+from sana.checkpoints import library
+from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
-USAGE = "sana models [NAME] [options]"
-DESCRIPTION = "List the models that -m knows by name, or tell all about one of them. Loads and downloads nothing."
+USAGE = "sana models [[info|pull|verify|rm] NAME] [options]"
+DESCRIPTION = """\
+List the models that -m knows by name, or do something with one of them. NAME may also
+be a hub id such as organisation/model, or a folder.
+
+  sana models                       the table; it marks what is here
+  sana models info sana-0.6b-512    parts, sizes, terms, limits
+  sana models pull sana-0.6b-512    fetch it; size, licence, room are told first
+  sana models verify sana-0.6b-512  check its files, and what it draws
+  sana models rm sana-0.6b-512      remove it, and say what that frees
+
+A download that was stopped goes on where it was. Only the files that are needed are
+fetched, and each is held against its digest. Nothing but `pull` uses the network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the verb."""
+
+    revision: Annotated[str | None, Spelling(value="NAME")] = None
+    """Branch, tag or commit to pull or verify; left out, main."""
+    variant: Annotated[str | None, Spelling(value="NAME")] = None
+    """Precision of the files to pull, such as fp16; left out, what the model's card recommends."""
+    yes: Annotated[bool, Spelling(short="-y")] = False
+    """Remove without asking; where there is no terminal, nothing is asked anyway."""
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
-    """Print the table, or the card of the model that is named."""
-    names, _ = arguments.read(words, (), usage=USAGE, description=DESCRIPTION)
-    if len(names) > 1:
-        raise InvalidInput("`sana models` tells about one model at a time; name one, or none for the table.")
-    if names and names[0] not in CARDS:
-        raise no_model(names[0])
-    chosen = [CARDS[name] for name in names] or list(CARDS.values())
-    terminal.document({"models": [_facts(card) for card in chosen]})
-    terminal.result(_sheet(chosen[0]) if names else _table(chosen))
+    """Carry out the task, or print the table, or the page of the model that is named."""
+    plain, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION)
+    options = Options(**arguments.take(Options, given))
+    task, names = (plain[0], plain[1:]) if plain and plain[0] in TASKS else ("", plain)
+    _check(task, names, options)
+    if task in ("", "info"):
+        return _tell(names, terminal)
+    from sana.apps.cli import model_tasks
+
+    if task == "pull":
+        report = model_tasks.pull(names[0], options.revision, options.variant, terminal)
+    elif task == "verify":
+        report = model_tasks.verify(names[0], options.revision, terminal)
+    else:
+        report = model_tasks.remove(names[0], options.yes, terminal)
+    terminal.document({**report, "warnings": terminal.warnings})
     return 0
 
 
-def _facts(card: Card) -> dict[str, Any]:
-    state = cache.cached(card)
-    return {
-        "name": card.name,
-        "hub_id": card.hub_id,
-        "built_in": card.folder is not None,
-        "here": state.complete,
-        "bytes_here": state.size,
-        "download_bytes": cache.download_size(card),
-        "kind": card.product,
-        "pixels": card.base_size,
-        "parameters": card.params,
-        "steps": card.steps,
-        "guidance": card.guidance,
-        "sampler": card.sampler,
-        "languages": list(card.languages),
-        "licence": card.licence,
-        "terms": list(card.terms),
-        "research_only": card.research_only,
-        "limits": list(card.limits),
-        "bias": card.bias,
-        "not_for": card.not_for,
-        "note": card.note,
-    }
+def _check(task: str, names: Sequence[str], options: Options) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        InvalidInput: naming it.
+    """
+    if len(names) > 1:
+        hint = did_you_mean(names[0][:20], TASKS) if not task and names[0] not in CARDS else ""
+        raise InvalidInput(f"`sana models` is about one model at a time; name one, or none for the table.{hint}")
+    if task and not names:
+        raise InvalidInput(f"Which model? For example: sana models {task} sana-0.6b-512")
+    for name, tasks in _BELONGS.items():
+        if getattr(options, name) and task not in tasks:
+            raise InvalidInput(f"{flag_of(name)} belongs to `sana models {tasks[0]}`. Drop it.")
 
 
-def _table(cards: Sequence[Card]) -> str:
-    rows = [("model", "pixels", "params", "steps", "languages", "download")]
-    for card in cards:
-        size, languages = str(card.base_size), " ".join(card.languages)
-        rows.append((card.name, size, millions(card.params), str(card.steps), languages, _place(card)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    licences = dict.fromkeys(f"{'built in' if card.folder else 'others'}: {terms(card)}" for card in cards)
-    advice = 'Draw with one: sana -m NAME "PROMPT". Limits, bias and terms: sana models NAME'
-    return "\n".join([*lines, "", "Licences:", *(f"  {text}" for text in licences), advice])
+def _tell(names: Sequence[str], terminal: Terminal) -> int:
+    if not names:
+        terminal.document({"models": [facts(card) for card in CARDS.values()]})
+        terminal.result(table(list(CARDS.values())))
+        return 0
+    (name,) = names
+    card = CARDS.get(name)
+    if card is not None:
+        terminal.document({"models": [facts(card)]})
+        terminal.result(page(card))
+        return 0
+    found = _folder_or_repository(name)
+    terminal.document({"models": [found]})
+    terminal.result(folder_page(found))
+    return 0
 
 
-def _place(card: Card) -> str:
-    """Return the cell that says whether a model is here, or how large its download is."""
-    if card.folder is not None:
-        return "built in, a toy"
-    return "here" if cache.cached(card).complete else cache.said(cache.download_size(card))
+def _folder_or_repository(name: str) -> dict[str, Any]:
+    """Return the facts about a folder, or about what of a repository is in the cache.
+
+    Raises:
+        ModelNotFound: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return folder_facts(name, path)
+    if "/" not in name:
+        raise no_model(name)
+    held = library.find(library.hub_id(name), cache.folder())
+    commits = held.commits if held is not None else {}
+    if held is None or not commits:
+        raise ModelNotFound(f"Nothing of {name} is on this computer. To fetch it: sana models pull {name}")
+    commit = next((commit for commit, names in commits.items() if "main" in names), next(iter(commits)))
+    return {**folder_facts(name, held.folder / "snapshots" / commit), "commit": commit}
 
 
-def _sheet(card: Card) -> str:
-    rows: dict[str, str | Sequence[str]] = {
-        "where": "built in" if card.folder else f"huggingface.co/{card.hub_id}",
-        "download": _download(card),
-        "kind": card.product,
-        "parameters": f"{millions(card.params)} (the transformer)",
-        "pixels": _sizes(card),
-        "defaults": f"{card.steps} steps, guidance {card.guidance:g}, sampler {card.sampler}",
-        "languages": ", ".join(card.languages),
-        "licence": terms(card),
-        "terms": card.terms,
-        "limits": card.limits,
-        "bias": card.bias,
-        "not for": card.not_for,
-        "note": card.note,
-    }
-    return "\n".join([card.name, *listed(rows)])
-
-
-def _download(card: Card) -> str:
-    if card.folder is not None:
-        return ""
-    parts = {name.replace("_", " "): size for name, size in card.download_bytes.items() if name != "tokenizer"}
-    parts["autoencoder"] = parts.pop("vae")
-    sizes = ", ".join(f"{name} {cache.said(size)}" for name, size in parts.items())
-    state = cache.cached(card)
-    here = (
-        "complete on this computer" if state.complete else f"{cache.said(state.size)} of it here" if state.size else ""
-    )
-    return f"about {cache.said(cache.download_size(card))} ({sizes}){'; ' + here if here else ''}"
-
-
-def _sizes(card: Card) -> str:
-    if card.sizes is not None:
-        return ", ".join(f"{w}x{h}" for h, w in card.sizes) + " only"
-    return f"{card.base_size}x{card.base_size}, or other shapes of that area"
+GROUPS = (Group(title="pull, verify and rm", options=Options),)
+_BELONGS = {"revision": ("pull", "verify"), "variant": ("pull",), "yes": ("rm",)}
+"""Option -> what it is for."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
+from sana.apps.cli.attached import Attached, found
 from sana.apps.cli.known import DEFAULT_MODEL
-from sana.apps.cli.machine import MACHINE, Machine, introduce, out_of_memory_told
+from sana.apps.cli.machine import RECORDED, Machine, introduce, out_of_memory_told
 from sana.apps.cli.names import STDOUT, check_files, plan_files
 from sana.apps.cli.output import Terminal, duration
 from sana.apps.cli.verbs.info import dtypes_of, nearest, read_file
@@ -30,7 +31,9 @@ USAGE = "sana replay PICTURE [-o PATH] [options]"
 DESCRIPTION = """\
 Draw a picture again as its record says and compare every pixel with the file: `identical`, or what
 differs (exit code 1). First it says what is not as it was then: versions, device, threads, weights.
-Options about the model take the place of what was recorded. Without -o nothing is written."""
+Options about the model take the place of what was recorded. Without -o nothing is written.
+Pictures and adapters that it was made from are looked for beside it, under their names; they must
+be the very same."""
 LONGEST_ERROR = 300
 
 
@@ -55,7 +58,11 @@ class Gap:
     mean: float
 
 
-GROUPS = (MACHINE, Group(title="the file", options=Writing))
+GROUPS = (
+    RECORDED,
+    Group(title="what it was made from", options=Attached),
+    Group(title="the file", options=Writing),
+)
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
@@ -64,8 +71,9 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if len(files) != 1:
         raise InvalidInput("Give one picture. For example: sana replay fox-1.png")
     file, writing = files[0], Writing(**arguments.take(Writing, given))
+    attached = Attached(**arguments.take(Attached, given))
     metadata = read_file(file)
-    request = _request(file, metadata)
+    request = found(_request(file, metadata), Path(file).parent, attached)
     if writing.output == STDOUT:
         raise InvalidInput("`sana replay` writes no picture to stdout. Let -o name a file.")
     targets = plan_files(request.prompt, [request.seed or 0], writing.output) if writing.output is not None else []

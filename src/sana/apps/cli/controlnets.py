@@ -1,0 +1,55 @@
+"""`--controlnet`: a control network beside a model that comes without one, or instead of its own."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sana.apps.cli.machine import introduce
+from sana.apps.cli.output import Terminal
+from sana.cards import CARDS, Card
+from sana.checkpoints import library
+from sana.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from sana.engine.parts import Parts
+
+
+def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
+    """Load a control network to where the transformer is, and join it as its card says.
+
+    Args:
+        name: a model of kind controlnet, a hub id, a folder (of the network alone, or of a whole model), or a file.
+
+    Raises:
+        InvalidInput: it is a model without a control network.
+        ModelNotFound, CheckpointError: it is not to be had, or broken.
+    """
+    card = None if Path(name).expanduser().is_dir() else library.card_of(name)
+    if card is not None and card.controlnet is None:
+        known = ", ".join(one.name for one in CARDS.values() if one.controlnet is not None)
+        raise InvalidInput(f"{name} has no control network. Those that have: {known}.")
+    if card is not None:
+        introduce(card, terminal)
+    parts.controlnet = _load(name, card, torch_dtype=parts.transformer.dtype, device_map=parts.device)
+    wiring = _wiring(name, card)
+    if wiring != parts.effective_card.wiring:
+        parts.card = dataclasses.replace(parts.effective_card, wiring=wiring)
+
+
+def _load(name: str, card: Card | None, **settings: Any) -> Any:
+    from sana.checkpoints.controlnet import SanaControlNetModel
+
+    path = Path(name).expanduser()
+    if path.is_file() or name.startswith("hf://"):
+        return SanaControlNetModel.from_single_file(name, **settings)
+    if card is not None and card.is_single_file:
+        return SanaControlNetModel.from_single_file(str(card.original), **settings)
+    whole = card is not None or (path / "controlnet").is_dir()
+    return SanaControlNetModel.from_pretrained(name, subfolder="controlnet" if whole else None, **settings)
+
+
+def _wiring(name: str, card: Card | None) -> str:
+    """Return how a network is joined: as its card says; an original file as its authors did."""
+    if card is not None:
+        return card.wiring
+    return "native" if name.startswith("hf://") or Path(name).expanduser().is_file() else "diffusers"

@@ -1,0 +1,70 @@
+"""The public class of the control branch: the pure module plus loading, saving and a start from a transformer.
+
+Shapes: as in `sana.models.controlnet`.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import torch
+
+from sana.checkpoints.pretrained import FieldMapping, PretrainedMixin
+from sana.config import ControlNetConfig
+from sana.errors import InvalidInput
+from sana.models.controlnet import LinearControlNet
+from sana.models.linear_dit import LinearDiT
+
+
+class ControlNetSettings(ControlNetConfig, FieldMapping):
+    """`SanaControlNetModel.config`; as a mapping it has the fields that are written."""
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.to_dict())
+
+
+class SanaControlNetModel(PretrainedMixin, LinearControlNet):
+    """SANA's control branch; see `LinearControlNet` for its inputs and `ControlNetConfig` for its fields."""
+
+    config_type = ControlNetSettings
+    config: ControlNetSettings
+
+    @classmethod
+    def from_transformer(cls, transformer: LinearDiT, num_layers: int = 7) -> Self:
+        """Make a new branch for a transformer: embedders and first blocks copied, all projections zero.
+
+        It has the transformer's device, dtype and mode, and changes nothing until it is trained. Of a transformer that
+        embeds guidance, time alone is copied.
+        Errors: InvalidInput for a number of blocks that the transformer does not have.
+        """
+        count = len(transformer.transformer_blocks)
+        if not 1 <= num_layers <= count - 1:
+            raise InvalidInput(
+                f"num_layers is {num_layers}; a transformer of {count} blocks takes residuals of 1 to {count - 1}."
+            )
+        names = {field.name for field in dataclasses.fields(ControlNetConfig)}
+        fields: dict[str, Any] = {k: v for k, v in transformer.config.to_dict().items() if k in names}
+        weight = transformer.scale_shift_table
+        branch = cls(**{**fields, "num_layers": num_layers}).to(weight.device, weight.dtype)
+        state = {
+            name.replace("time_embed.timestep_embedder.", "time_embed.emb.timestep_embedder."): tensor
+            for name, tensor in transformer.state_dict().items()
+        }
+        own = branch.state_dict()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if not name.startswith(("input_block.", "controlnet_blocks.")):
+                    tensor.copy_(state[name])
+        return branch.train(transformer.training)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations for the backward pass."""
+        self.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.gradient_checkpointing

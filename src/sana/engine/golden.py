@@ -1,0 +1,139 @@
+"""Golden checks: does a model, here and now, give the tokens, latents and pixels that were kept for it?
+
+What is kept is small: the tokens of one prompt, some latents of one run and a thumbnail of its picture. Of models whose
+weights could not be had where this was written nothing is kept, and the check says so instead of passing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sana.engine.generate import generate
+from sana.engine.parts import Parts
+from sana.engine.request import Request, Result
+from sana.flow.samplers import Step
+from sana.text.gemma import prepare_prompt
+from sana.text.instruction import tokenize
+
+NOT_CHECKED = "not checked here: its weights could not be had where the golden values are made"
+SAMPLES = 32
+"""Latents that are kept, at equal distances."""
+THUMBNAIL = 8
+"""Side of the kept picture."""
+_LATENTS = {torch.float32: 1e-3}
+_ROUGH_LATENTS = 0.15
+"""Greatest distance from the kept latents, as a share of their size: in float32 on any machine, and in half precision,
+where the rounding of every step counts."""
+_PIXELS = {torch.float32: 1.0}
+_ROUGH_PIXELS = 12.0
+"""Greatest difference of a value of the thumbnail, of 255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """What one run of a model gave."""
+
+    request: Mapping[str, object]
+    """Fields of the request."""
+    tokens: tuple[int, ...]
+    """Tokens of the prompt alone."""
+    latents: tuple[float, ...]
+    """Final latents at `SAMPLES` places."""
+    pixels: bytes
+    """The picture at `THUMBNAIL` by `THUMBNAIL`, RGB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What became of one check."""
+
+    check: str
+    """tokens, latents or pixels."""
+    passed: bool | None
+    """None where nothing is kept to check it with."""
+    said: str
+    """A sentence with the figure that was seen."""
+
+
+def verify(parts: Parts) -> tuple[Finding, ...]:
+    """Run a model's golden check; one finding that says "not checked here" where nothing is kept for it.
+
+    Errors: as `generate`.
+    """
+    golden = GOLDEN.get(parts.name)
+    if golden is None:
+        return (Finding(check="golden values", passed=None, said=f"{parts.name}: {NOT_CHECKED}."),)
+    found = observe(parts, golden.request)
+    exact = all(getattr(parts, name).dtype == torch.float32 for name in ("transformer", "text_encoder", "vae"))
+    kind = torch.float32 if exact else torch.bfloat16
+    same = found.tokens == golden.tokens
+    kept, now = torch.tensor(golden.latents), torch.tensor(found.latents)
+    away = float((now - kept).norm() / kept.norm())
+    off = max(abs(one - other) for one, other in zip(found.pixels, golden.pixels, strict=True))
+    most, widest = _LATENTS.get(kind, _ROUGH_LATENTS), _PIXELS.get(kind, _ROUGH_PIXELS)
+    return (
+        Finding(
+            check="tokens",
+            passed=same,
+            said=f"{len(found.tokens)} tokens, {'as kept' if same else 'not those that are kept'}.",
+        ),
+        Finding(check="latents", passed=away <= most, said=f"{away:.1e} away from those kept; at most {most:g}."),
+        Finding(check="pixels", passed=off <= widest, said=f"{off} of 255 away from those kept; at most {widest:g}."),
+    )
+
+
+def observe(parts: Parts, request: Mapping[str, object]) -> Golden:
+    """Return what a model gives now: the golden values that would be kept for it."""
+    order = Request(**request)  # type: ignore[arg-type]
+    latents, result = _run(parts, order)
+    places = torch.linspace(0, latents.numel() - 1, SAMPLES).round().long()
+    picture = result.images[0].convert("RGB").resize((THUMBNAIL, THUMBNAIL), resample=4)  # the mean of each box
+    tokens = tokenize(parts.tokenizer, prepare_prompt(order.prompt), order.max_prompt_tokens).ids
+    return Golden(
+        request=dict(request),
+        tokens=tokens,
+        latents=tuple(round(float(value), 5) for value in latents.flatten()[places]),
+        pixels=picture.tobytes(),
+    )
+
+
+def _run(parts: Parts, request: Request) -> tuple[Tensor, Result]:
+    """Return the final latents of a request for one picture, [1, C, h, w], and what came of it."""
+    latents: Tensor | None = None
+    steps = generate(parts, request)
+    while True:
+        try:
+            found = next(steps)
+        except StopIteration as finished:
+            result: Result = finished.value
+            assert latents is not None, "a request has at least one step"
+            return latents.float().cpu(), result
+        if isinstance(found, Step):
+            latents = found.latents
+
+
+GOLDEN: dict[str, Golden] = {
+    "nano": Golden(
+        request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 6},
+        tokens=(2, 277, 459, 537, 722, 392, 480, 489),
+        latents=(
+            -0.24651, -0.06968, 0.03282, 0.09815, -0.09999, -1.4981, -3.73539, 0.25147, -0.30737, -0.34156,
+            -1.53075, -0.15987, 0.29162, 1.24871, 0.34354, 0.27601, 0.68007, -3.21949, 0.08899, -0.09681,
+            0.02652, 5.25566, -1.20163, -0.12212, 1.09887, 2.56608, -0.08996, -0.37619, 0.32636, 1.10747,
+            -0.3048, 0.16427,
+        ),
+        pixels=bytes.fromhex(
+            "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded8cabcd6605ed67673d4c8bad8f0ded8f0de"
+            "d8f0ded8f0ded7c7bad33e40d0615ed4bcafd8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded6eeddd8efddd7eedcd8f0ded8f0de"
+            "d8f0ded8f0ded8f0dee3e59ed9ecced8f0ded8f0ded8f0de"
+            "d8f0ded8f0dedaeed0f5d12debda65d8f0ded8f0ded8f0de"
+            "d8f0ded8f0dee2e194efcd3aeacf47d9e6bbd8f0ded8f0de"
+            "d8f0ded8f0ded9eed7dedfa0dce0a4d6eddad8f0ded8f0de"
+        ),
+    ),
+}  # fmt: skip
+"""Card -> what its model gave in float32 on the machine where this was written, with torch 2.13."""

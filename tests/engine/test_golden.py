@@ -1,0 +1,64 @@
+"""The golden check of the built-in model passes, fails for a model that is not it, and is never faked for another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import sana
+from sana.cards import CARDS
+from sana.engine.golden import GOLDEN, SAMPLES, THUMBNAIL, observe, verify
+from sana.engine.parts import Parts, load
+
+NANO = Path(sana.__file__).parent / "assets" / "nano"
+
+pytestmark = pytest.mark.skipif(not NANO.is_dir(), reason="the built-in model is not in this checkout")
+
+
+@pytest.fixture
+def nano() -> Parts:
+    return load("nano", device="cpu", dtype="float32")
+
+
+def test_the_built_in_model_gives_what_is_kept(nano: Parts) -> None:
+    findings = verify(nano)
+    assert [finding.check for finding in findings] == ["tokens", "latents", "pixels"]
+    assert all(finding.passed for finding in findings), findings
+    found, kept = observe(nano, GOLDEN["nano"].request), GOLDEN["nano"]
+    assert len(found.latents) == len(kept.latents) == SAMPLES
+    assert len(found.pixels) == len(kept.pixels) == 3 * THUMBNAIL**2
+
+
+def test_half_precision_passes_within_its_rounding() -> None:
+    findings = verify(load("nano", device="cpu", dtype="bfloat16"))
+    assert all(finding.passed for finding in findings), findings
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_another_model_fails(nano: Parts, part: str) -> None:
+    with torch.no_grad():
+        for weight in getattr(nano, part).parameters():
+            weight.mul_(1.05)
+    tokens, latents, pixels = verify(nano)
+    assert tokens.passed
+    assert latents.passed is (part == "vae")
+    assert not pixels.passed
+
+
+def test_other_words_fail(nano: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    request = {**GOLDEN["nano"].request, "prompt": "a blue fish above a yellow boat"}
+    monkeypatch.setitem(GOLDEN, "nano", dataclasses.replace(GOLDEN["nano"], request=request))
+    tokens, latents, _ = verify(nano)
+    assert not tokens.passed
+    assert not latents.passed
+    assert "not those that are kept" in tokens.said
+
+
+def test_what_could_not_be_had_is_not_checked(nano: Parts) -> None:
+    nano.name = "sana-1.6b-1024"
+    (finding,) = verify(nano)
+    assert finding.passed is None
+    assert finding.said.startswith("sana-1.6b-1024: not checked here: its weights could not be had")
+    assert set(GOLDEN) <= set(CARDS)
