@@ -17,6 +17,7 @@ from PIL import Image
 from sana.apps.cli.manifest import Manifest, entries, read
 from sana.apps.cli.names import safe_name
 from sana.apps.cli.order import Order, parse
+from sana.apps.cli.prompts import MOST_PROMPTS
 from sana.apps.cli.roads import BATCH
 from sana.apps.cli.shards import name_batch, share
 from sana.apps.cli.values import Shard, read_shard
@@ -92,6 +93,18 @@ def test_the_keys_of_an_object_are_the_names() -> None:
         order(written({"prompt": "x"}, "p.json"))
     with pytest.raises(InvalidInput, match=r"p\.json, entry 'a': there is no field 'stpes'\. Did you mean 'steps'\?"):
         order(written({"a": {"prompt": "x", "stpes": 3}}, "p.json"))
+    Path("p.json").write_text('{"a": "a fox", "b": "a cat", "a": "an owl"}')
+    with pytest.raises(InvalidInput, match=r"p\.json: 'a' is there twice\. Rename one of them"):
+        order("p.json")
+
+
+def test_as_many_prompts_as_models_are_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sana.apps.cli.order.MOST_PICTURES", 4)
+    written([f"a fox, number {i}" for i in range(5)])
+    assert len(order("p.jsonl").jobs) == 5
+    with pytest.raises(InvalidInput, match="more than 4 pictures"):
+        parse(["--prompt-file", "p.jsonl"])
+    assert min(BATCH.most or 0, MOST_PROMPTS) >= 30_000
 
 
 @pytest.mark.parametrize(
@@ -218,6 +231,12 @@ def test_a_wrong_line_is_refused_before_anything_is_drawn(draw: Sana, no_loading
     assert missing.code == 3
     assert "p.jsonl, line 1: There is no file none.png for the image." in missing.err
     assert sorted(os.listdir()) == ["p.jsonl"]
+
+
+def test_what_the_model_cannot_draw_is_told_with_its_line(sana: Sana, no_loading: None) -> None:
+    said = sana("batch", written([{"prompt": "a"}, {"prompt": "b", "size": "192x256"}]), "-m", "nano")
+    assert (said.code, said.out) == (2, ""), said.err
+    assert said.err.startswith("sana: p.jsonl, line 2: nano draws 256 x 256 only, not 192 x 256.")
 
 
 def test_a_half_picture_is_told_and_the_rest_is_drawn(draw: Sana) -> None:

@@ -74,7 +74,7 @@ def test_records_with_settings() -> None:
         ("p.jsonl", '{"prompt": "a", "steps": "3"}', "p.jsonl, line 1: steps takes a whole number, not '3'."),
         ("p.jsonl", '{"prompt": ["a"]}', "p.jsonl, line 1: prompt takes text in quotes, not ['a']."),
         ("p.json", '{"prompt": "a"}', "p.json must hold a list of prompts"),
-        ("p.csv", "a fox\n", "p.csv, line 1: the first row must name the columns, each once, `prompt` among them."),
+        ("p.csv", "a fox\n", "p.csv, line 1: the first row must name the columns, each once, with commas between"),
         ("p.csv", "prompt,prompt\na,b", "p.csv, line 1: the first row must name the columns"),
         ("p.csv", "prompt,steps\na,b,c", "p.csv, line 2: there are 3 cells but 2 columns. Quote commas."),
         ("p.csv", 'prompt\n"a', "p.csv, line 2: this is no CSV ("),

@@ -324,6 +324,13 @@ def test_pictures_of_all_modes_are_compared_as_colours() -> None:
     assert compare(one, one).pixels == 0
 
 
+def test_a_quantised_picture_is_drawn_again_quantised(sana: Sana, tmp_path: Path) -> None:
+    made = tmp_path / "small.png"
+    assert sana("a red fish", "--seed", "1", "--steps", "2", "--quantize", "int8", "-o", str(made)).code == 0
+    assert "int8" in sana("info", str(made)).out
+    assert "identical" in sana("replay", str(made)).out
+
+
 def test_replay_help(sana: Sana) -> None:
     said: Said = sana("replay", "--help")
     assert said.code == 0

@@ -26,6 +26,7 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.folder import load_parts, save_parts
 from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.checkpoints.schedulers import DPMSolverMultistepScheduler, SCMScheduler
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, NonFinite
 
 
@@ -275,6 +276,22 @@ def test_a_whole_pipeline_has_one_variant(tmp_path: Path, stored: str | None, wa
         assert same(loaded[name], parts()[name])
     files = {file.name for file in (tmp_path / "whole").rglob("*.safetensors")}
     assert all((wanted or ".") in name and "fp16" not in name for name in files)
+
+
+@pytest.mark.parametrize("sprint", [False, True])
+def test_without_a_card_the_base_tells_the_scheduler(tmp_path: Path, sprint: bool) -> None:
+    """A model of 4096 px keeps its shift, and one of Sprint never gets the scheduler of another kind."""
+    schedulers = {"4k": DPMSolverMultistepScheduler(flow_shift=6.0), "sprint": SCMScheduler()}
+    source, _ = tiny_original(tmp_path / "m.pth", guidance_embeds=sprint)
+    for name, scheduler in schedulers.items():
+        save_parts(tmp_path / name, {**parts(), "scheduler": scheduler})
+        run(source, tmp_path / f"on-{name}", told=TOLD, base=tmp_path / name)
+        made = load_parts(tmp_path / f"on-{name}", only=("scheduler",))["scheduler"]
+        index = json.loads((tmp_path / f"on-{name}" / "model_index.json").read_text())
+        assert isinstance(made, SCMScheduler) == sprint
+        assert index["_class_name"] == ("SanaSprintPipeline" if sprint else "SanaPipeline")
+        if not sprint:
+            assert made.config["flow_shift"] == {"4k": 6.0, "sprint": 3.0}[name]
 
 
 def test_options_without_effect_are_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ SETTINGS = {
     "a text as switch": '{"use_rslora": "yes"}',
     "a list of patterns": '{"alpha_pattern": [1]}',
     "a number as patterns": '{"alpha_pattern": 5}',
+    "nothing as alpha": '{"alpha_pattern": {"to_q": null}}',
 }
 
 
@@ -151,6 +152,30 @@ def test_settings_that_are_none(kind: str, tmp_path: Path) -> None:
     save_file(random_lora(tiny_transformer()), file, metadata={"lora_adapter_metadata": SETTINGS[kind]})
     with pytest.raises(CheckpointError, match=r"a\.safetensors has"):
         read_lora(file, targets(tiny_transformer()))
+
+
+@pytest.mark.parametrize("source", [None, 5, b"a.safetensors"])
+def test_what_is_no_adapter_at_all(source: Any) -> None:
+    with pytest.raises(InvalidInput, match="a mapping of tensors, not"):
+        read_lora(source, targets(tiny_transformer()))
+
+
+@pytest.mark.parametrize("config", [5, ["r"], "r", {1: 2}])
+def test_settings_in_memory_that_are_none(config: Any) -> None:
+    with pytest.raises(InvalidInput, match="must be a mapping of names to values"):
+        read_lora(random_lora(tiny_transformer()), targets(tiny_transformer()), config=config)
+
+
+def test_tensors_without_values() -> None:
+    away = {name: tensor.to("meta") for name, tensor in random_lora(tiny_transformer()).items()}
+    with pytest.raises(InvalidInput, match="has no values"):
+        read_lora(away, targets(tiny_transformer()))
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.complex64])
+def test_numbers_of_another_kind(kind: torch.dtype) -> None:
+    with pytest.raises(CheckpointError, match="which no adapter is"):
+        read_lora({n: t.to(kind) for n, t in random_lora(tiny_transformer()).items()}, targets(tiny_transformer()))
 
 
 class Canary:

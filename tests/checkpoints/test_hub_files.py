@@ -1,21 +1,24 @@
 """References to one file of a repository: that file alone is fetched, from its commit, and found again offline."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_hub import Fault, Hub
-from originals import TOLD, original_state, save_pth, tiny_original
-from tiny_pipeline import same
+from originals import TOLD, original_state, save_pth, tiny_branch, tiny_original
+from tiny_pipeline import parts, same, transformer
 
 from sana.cards import CARDS
 from sana.checkpoints import hub as module
+from sana.checkpoints.folder import save_parts
 from sana.checkpoints.hub import locate
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.references import Reference, parse_reference
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
+from sana.pipelines import SanaControlNetPipeline
 
 REPO = "somebody/Mine"
 FILE = "checkpoints/mine.pth"
@@ -146,3 +149,27 @@ def test_other_parts_come_from_the_folder_around_the_file(tmp_path: Path) -> Non
     (tmp_path / "m" / "model_index.json").write_text("{}")
     assert base_folder(locate(path, single=True)) == tmp_path / "m"
     assert torch.load(path, weights_only=True)["epoch"] == 1
+
+
+def test_a_control_network_is_fetched_beside_parts_that_are_given(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is not named: it is a part that a repository may have or not, and so it is offline."""
+    base = transformer()
+    save_parts(tmp_path / "p", {**parts(), "controlnet": tiny_branch(base)}, class_name="SanaControlNetPipeline")
+    hub.push(REPO, tmp_path / "p")
+    monkeypatch.setattr(module, "locate", functools.partial(locate, endpoint=hub.url))
+    where: dict[str, Any] = {"cache_dir": tmp_path / "cache", "torch_dtype": torch.float32}
+    for offline in (False, True):
+        pipe = SanaControlNetPipeline.from_pretrained(REPO, transformer=base, local_files_only=offline, **where)
+        assert type(pipe.controlnet).__name__ == "SanaControlNetModel"
+        assert pipe.transformer is base
+    assert not [name for name in hub.gets() if name.startswith("transformer/")]
+    fetched = len(hub.gets())
+    SanaControlNetPipeline.from_pretrained(REPO, transformer=base, controlnet=None, **where)
+    assert len(hub.gets()) == fetched
+    plain = {**parts(), "controlnet": None}
+    save_parts(tmp_path / "q", plain)
+    hub.push("somebody/Plain", tmp_path / "q")
+    with pytest.raises(CheckpointError, match="has no controlnet: pass controlnet="):
+        SanaControlNetPipeline.from_pretrained("somebody/Plain", transformer=base, **where)

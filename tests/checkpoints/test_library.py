@@ -221,7 +221,7 @@ def test_verify_draws_what_the_built_in_model_drew(sana: Sana, monkeypatch: pyte
     kept = golden.GOLDEN["nano"]
     monkeypatch.setitem(golden.GOLDEN, "nano", dataclasses.replace(kept, latents=kept.latents[::-1]))
     wrong = sana("verify", "nano")
-    assert wrong.code == 1
+    assert wrong.code == 3
     assert "latents  WRONG: " in wrong.out
     assert "nano does not draw what it drew" in wrong.err
 

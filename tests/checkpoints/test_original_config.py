@@ -159,3 +159,37 @@ def test_hostile_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no published one of that name. Did you mean 'Sana_1600M_img1024'"):
         read_original_config(tmp_path / "Sana_1600M_img102.yaml")
     assert not canary.exists()
+
+
+def test_values_that_no_model_has_are_refused_and_others_are_told() -> None:
+    def read(**sections: Any) -> Any:
+        model = {"model": "SanaMS_1600M_P1_D20", **sections.pop("model", {})}
+        return convert_original_config({"model": model, **sections}, "it")
+
+    refused: dict[str, dict[str, Any]] = {
+        "image_size is 99999999999": {"model": {"image_size": 99999999999}},
+        "flow_shift is -3": {"scheduler": {"flow_shift": -3}},
+        "flow_shift is inf": {"scheduler": {"flow_shift": float("inf")}},
+        "model_max_length is 0": {"text_encoder": {"model_max_length": 0}},
+        "pag_applied_layers is 20": {"model": {"pag_applied_layers": [20]}},
+        "pag_applied_layers is -1": {"model": {"pag_applied_layers": [-1]}},
+        "whose size no SANA model has": {"model": {"model": "SanaMS_999M_P1_D20"}},
+        "'SanaMS_1600M_P1_D99999', whose size": {"model": {"model": "SanaMS_1600M_P1_D99999"}},
+    }
+    for text, sections in refused.items():
+        with pytest.raises(CheckpointError, match=text):
+            read(**sections)
+    assert read(text_encoder={"chi_prompt": "one\ntwo"}).instruction == ("one", "two")
+    solver = read(scheduler={"vis_sampler": "sa-solver"})
+    assert (solver.sampler, solver.remarks) == (
+        "flow-dpm", ("scheduler.vis_sampler sa-solver is not here; flow-dpm takes its place.",)
+    )  # fmt: skip
+    assert read(scheduler=3, train=["a"]).remarks == (
+        "scheduler should be a section and is left out.", "train should be a section and is left out.",
+    )  # fmt: skip
+
+
+def test_nesting_takes_no_time(tmp_path: Path) -> None:
+    (tmp_path / "deep.yaml").write_text("model: " + "[" * 200_000)
+    with pytest.raises(CheckpointError, match="nests its values too deep"):
+        read_original_config(tmp_path / "deep.yaml")

@@ -373,3 +373,25 @@ def test_room_for_a_rank() -> None:
     assert off(velocity(model), answer) < 1e-6
     with pytest.raises(InvalidInput, match="at least 1"):
         adapters.share_compiled(0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "1", True, None])
+def test_a_scale_to_fuse_with_must_be_a_number(scale: Any) -> None:
+    model, adapters = loaded("a")
+    with pytest.raises(InvalidInput, match=r"scale of adapters is .* must be a finite number"):
+        adapters.fuse(scale=scale)
+    assert adapters.fused == {}
+    assert torch.equal(velocity(model), alone("a", 0))
+
+
+def test_one_name_to_fuse_may_be_a_text() -> None:
+    _, adapters = loaded("style", "other")
+    adapters.fuse("style")
+    assert adapters.fused == {"style": 1.0}
+
+
+def test_an_alpha_of_zero_is_told_to_change_nothing() -> None:
+    model = tiny_transformer()
+    with pytest.warns(UserWarning, match="'a' changes nothing"):
+        Adapters(model).load(random_lora(model), "a", config={"lora_alpha": 0})
+    Adapters(model).load(random_lora(model, bias=True), "b")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reference_pipelines import LATENT_GATE, PROMPTS, SIZE, assert_same, oracle_of, quiet, rms_rel, run, seeded
 from sana import SanaSprintImg2ImgPipeline
+from sana.errors import InvalidInput
 from tiny_model import make_tiny_sprint
 
 
@@ -204,6 +205,11 @@ def test_the_effect_of_the_strength_is_continuous_up_to_one(pipe: Any) -> None:
 
 
 # Where the reference fails
+
+
+def test_a_strength_of_none_does_not_switch_the_picture_off(pipe: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"The value of strength should in \[0.0, 1.0\] but is None"):
+        pipe(PROMPTS[0], image=picture(), strength=None, **SIZE)
 
 
 def test_latents_as_image(pipe: Any, oracle: Any) -> None:

@@ -206,3 +206,20 @@ def test_pictures_are_saved_as_the_documented_function_does(tmp_path: Path) -> N
     for wrong in (torch.zeros(2, 2), torch.zeros(1, 1, 2, 2), torch.zeros(0, 3, 2, 2)):
         with pytest.raises(InvalidInput, match="A picture has the shape"):
             save_image(wrong, tmp_path / "x.png")
+
+
+def test_the_weights_of_another_model_are_named_by_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file, _ = made(tmp_path, monkeypatch)
+    monkeypatch.setattr("sana.pipelines.original.read_original_config", read_original_config)
+    monkeypatch.setattr("sana.pipelines.original.load_examined", None)  # nothing is built for that
+    with pytest.raises(CheckpointError, match=r"mine.safetensors is not the model of the configuration: its \w+ is"):
+        SanaPipeline("Sana_1600M_img1024.yaml").from_pretrained(file)
+
+
+def test_no_picture_is_saved_of_what_is_none(tmp_path: Path) -> None:
+    for tensor, options in ((torch.full((3, 4, 4), torch.nan), {}), (torch.zeros(3, 4, 4), {"nrow": 0})):
+        with pytest.raises(InvalidInput):
+            save_image(tensor, tmp_path / "x.png", **options)
+    assert not (tmp_path / "x.png").exists()

@@ -1,4 +1,4 @@
-"""A whole pipeline around a network: the parts that it lacks, copied from the folder of another model, and its index."""
+"""A whole pipeline around a network: what it lacks is copied from the folder of another model, and indexed."""
 
 import shutil
 from collections.abc import Mapping
@@ -43,7 +43,8 @@ def assemble(
 ) -> None:
     """Write into `stage` what a pipeline needs besides `modules`, whose files are there, and its index.
 
-    Of the weights of `base` one variant is copied, under the name that the modules have: `variant`, or none.
+    Of the weights of `base` one variant is copied, under the name that the modules have: `variant`, or none. Where
+    neither `sampler` nor `card` tells the scheduler, it is that of `base`, if it is for such a transformer.
     Errors: ModelNotFound and CheckpointError for a base without weights that can be copied.
     """
     listed = index_parts(base.folder)
@@ -54,12 +55,15 @@ def assemble(
         _copy(base.folder / name, stage / name, name, chosen.get(name), variant)
         entries[name] = list(listed.get(name) or ("transformers", "AutoTokenizer"))
     entries |= {name: ["diffusers", type(module).__name__] for name, module in modules.items()}
-    sampler = sampler or (card.sampler if card is not None else "flow-dpm")
-    scheduler = write_scheduler(stage / "scheduler", sampler, card)
-    entries["scheduler"] = ["diffusers", type(scheduler).__name__]
-    kind = "SanaControlNetPipeline" if "controlnet" in modules else "SanaPipeline"
-    if card is not None and card.product == "sprint":
-        kind = "SanaSprintPipeline"
+    sprint = bool(modules["transformer"].config.guidance_embeds)
+    told = listed.get("scheduler")
+    if sampler is None and card is None and told is not None and sprint == (told[1] == SCMScheduler.__name__):
+        _copy(base.folder / "scheduler", stage / "scheduler", "scheduler", None, None)
+        entries["scheduler"] = list(told)
+    else:
+        sampler = sampler or (card.sampler if card is not None else "scm" if sprint else "flow-dpm")
+        entries["scheduler"] = ["diffusers", type(write_scheduler(stage / "scheduler", sampler, card)).__name__]
+    kind = "SanaControlNetPipeline" if "controlnet" in modules else "SanaSprintPipeline" if sprint else "SanaPipeline"
     header = {"_class_name": kind, "_diffusers_version": LAYOUT_VERSION}
     noted = {CARD_KEY: card.name} if card is not None else {}
     write_json(stage / MODEL_INDEX, {**header, **noted, **entries})
@@ -81,10 +85,10 @@ def write_scheduler(folder: Path, sampler: str, card: Card | None) -> SchedulerF
 def _copy(source: Path, target: Path, name: str, variant: str | None, wanted: str | None) -> None:
     """Copy a part with the weights of one variant only, which are then those of `wanted`."""
     target.mkdir()
-    for file in source.iterdir():
-        is_weights = file.name.endswith(_WEIGHTS) or ".index." in file.name
-        if file.is_file() and not file.name.startswith(".") and not is_weights:
-            shutil.copyfile(file, target / file.name)
+    for path in source.iterdir():
+        is_weights = path.name.endswith(_WEIGHTS) or ".index." in path.name
+        if path.is_file() and not path.name.startswith(".") and not is_weights:
+            shutil.copyfile(path, target / path.name)
     part = part_of(name)
     if part.stem is None:
         return

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from sana.checkpoints.pretrained import FieldMapping, PretrainedMixin
+from sana.checkpoints.pretrained import FieldMapping, GradientCheckpointing, PretrainedMixin
 from sana.config import ControlNetConfig
 from sana.errors import InvalidInput
 from sana.models.controlnet import LinearControlNet
@@ -22,7 +22,7 @@ class ControlNetSettings(ControlNetConfig, FieldMapping):
         return tuple(self.to_dict())
 
 
-class SanaControlNetModel(PretrainedMixin, LinearControlNet):
+class SanaControlNetModel(GradientCheckpointing, PretrainedMixin, LinearControlNet):
     """SANA's control branch; see `LinearControlNet` for its inputs and `ControlNetConfig` for its fields."""
 
     config_type = ControlNetSettings
@@ -55,16 +55,3 @@ class SanaControlNetModel(PretrainedMixin, LinearControlNet):
                 if not name.startswith(("input_block.", "controlnet_blocks.")):
                     tensor.copy_(state[name])
         return branch.train(transformer.training)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass: less memory, about a third more time."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep activations for the backward pass."""
-        self.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return self.gradient_checkpointing

@@ -35,11 +35,10 @@ from sana.checkpoints.layout import (
 from sana.checkpoints.original import PARTS
 from sana.checkpoints.pretrained import PretrainedMixin, as_dtype, inside
 from sana.checkpoints.single import PICKLES, TensorFile, open_single
-from sana.checkpoints.storage import Leftovers, publish, saving, write_json
+from sana.checkpoints.storage import Leftovers, publish, saving
 from sana.checkpoints.tensors import write_tensors
 from sana.checkpoints.weights import MAX_SHARD_SIZE, check_shard_size, inspect, is_finite
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, NonFinite
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +201,7 @@ def _unpacked(task: Conversion, found: Original, dtype: torch.dtype | None) -> C
     if "transformer" not in found.models:
         _refuse({"--base": task.base is not None, "--scheduler": task.scheduler is not None}, "IN is an autoencoder")
     where = {name: value for name, value in task.where.items() if name != "revision"}
-    base = hub.locate(task.base, parts=OTHERS, **where) if task.base is not None else None
+    base = hub.locate(task.base, parts=(*OTHERS, "scheduler"), **where) if task.base is not None else None
     missing = [name for name in OTHERS if base is not None and not (base.folder / name).is_dir()]
     if base is not None and missing:
         raise ModelNotFound(f"{base.folder} is no folder of a pipeline: it has no {missing[0]}.")

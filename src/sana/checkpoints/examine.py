@@ -209,7 +209,7 @@ def original_tensors(
         kind = next(iter(state.values())).dtype
         yield NULL_CAPTION, torch.zeros(NULL_CAPTION_LENGTH, config.caption_channels, dtype=kind)
         if config.sample_size > MAX_SIDE:
-            text = f"sample_size is {config.sample_size}, and the table of positions of such a model would fill the memory"
+            text = f"sample_size is {config.sample_size}, whose table of positions would fill the memory"
             raise InvalidInput(f"{text}; an original file is written up to {MAX_SIDE}.")
         side, width, scale = config.sample_size // config.patch_size, config.inner_dim, config.interpolation_scale
         table = torch.zeros(side * side, width) if scale is None else position_table(side, side, width, side, scale)

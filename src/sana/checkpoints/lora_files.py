@@ -100,6 +100,8 @@ def find(
 
     Errors: ModelNotFound when there is none; InvalidInput when a folder or repository holds several.
     """
+    if not isinstance(source, str | Path):
+        raise InvalidInput(f"An adapter is a file, a folder, a hub id or a mapping of tensors, not {source!r:.60}.")
     path, text = Path(source).expanduser(), str(source)
     if not text.strip():
         raise InvalidInput("The adapter's name is empty. Give a file, a folder or a hub id.")
@@ -158,6 +160,8 @@ def read_lora(
     unpickler that only makes tensors. `where` are the arguments of `find`.
     Errors: ModelNotFound; CheckpointError for a file that is damaged, hostile, for another model or not finite.
     """
+    if config is not None and not (isinstance(config, Mapping) and all(isinstance(key, str) for key in config)):
+        raise InvalidInput(f"The settings of an adapter must be a mapping of names to values, not {config!r:.60}.")
     if isinstance(source, Mapping):
         return _from_tensors(dict(source), targets, dict(config or {}))
     path = find(source, **where)
@@ -292,8 +296,8 @@ def _alphas(config: Mapping[str, Any], names: list[str], where: str) -> dict[str
     general = config.get("lora_alpha")
     if not isinstance(pattern, dict):
         raise CheckpointError(f"{where} has the alpha_pattern {shown(pattern)}: it must be an object of numbers.")
-    for value in (general, *pattern.values()):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not _sane(value)):
+    for value in (*(() if general is None else (general,)), *pattern.values()):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _sane(value):
             raise CheckpointError(f"{where} has the alpha {shown(value)}: it must be a number.")
     found = {} if general is None else dict.fromkeys(names, float(general))
     for key, value in reversed(pattern.items()):  # of several that name a layer PEFT takes the first
@@ -322,6 +326,10 @@ def _from_tensors(
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InvalidInput("An adapter in memory must be a mapping of names to tensors and nothing else.")
+        if tensor.is_meta:
+            raise InvalidInput(
+                f"Tensor {shown(name)} of the adapter has no values (it is on the meta device). Load it."
+            )
     reading = read_names(tensors, targets, where)
     _check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, where)
     check_shapes(reading, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, targets, where)
@@ -350,7 +358,7 @@ def _check_pickle(path: Path, allowed: bool) -> None:
 
 def _check_dtypes(dtypes: Mapping[str, torch.dtype], where: str) -> None:
     for name, dtype in dtypes.items():
-        if not dtype.is_floating_point and not name.endswith(".alpha"):
+        if (not dtype.is_floating_point or dtype.itemsize == 1) and not name.endswith(".alpha"):
             kind = str(dtype).removeprefix("torch.")
             raise CheckpointError(f"Tensor {shown(name)} in {where} is {kind}, which no adapter is: save it again.")
 

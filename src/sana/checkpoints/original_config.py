@@ -22,9 +22,12 @@ _log = logging.getLogger(__name__)
 
 MAX_YAML = 1 << 20
 """Bytes of the largest file that is read; published ones have four thousand."""
+MAX_DEPTH = 16
+"""Collections inside each other; published files have three. The time that YAML takes grows with their square."""
 
 _MODEL = re.compile(r"Sana(?:MS|MSCM|MSControlNet|MSAdaLN)?_(\d+)M_P(\d)_D(\d+)")
-_WIDTHS = {600: (36, 16, 72)}
+_LARGE = (70, 20, 112)
+_WIDTHS = {600: (36, 16, 72), 1600: _LARGE, 2400: _LARGE, 3200: _LARGE, 4800: _LARGE}
 """Millions of parameters in a name -> heads of the linear attention, heads and head width of the other."""
 _SAMPLERS = {"flow_dpm-solver": "flow-dpm", "dpm-solver": "flow-dpm", "flow_euler": "flow-euler", "scm": "scm"}
 _PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -121,14 +124,24 @@ def read_original_config(path: str | Path) -> OriginalConfig:
         raise CheckpointError(f"{path} has more than {MAX_YAML >> 20} MB, which no configuration has: do not use it.")
     yaml: Any = importlib.import_module("yaml")  # it has no types of its own
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise CheckpointError(f"{path} uses YAML aliases, which no published configuration does: do not use it.")
+        _check_events(yaml, text, str(path))
         value = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not valid YAML: {shown(first_line(error))}.") from error
     return convert_original_config(value, str(path))
+
+
+def _check_events(yaml: Any, text: bytes, where: str) -> None:
+    """Refuse aliases and deep nesting, by which a small file becomes a large value or a long wait."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"{where} uses YAML aliases, which no published configuration does: do not use it.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{where} nests its values too deep for a configuration: do not use it.")
 
 
 def _published(stem: str) -> OriginalConfig:
@@ -155,7 +168,7 @@ def convert_original_config(value: Any, where: str) -> OriginalConfig:
     """Convert the content of such a file; errors as `read_original_config`."""
     if not isinstance(value, Mapping) or not isinstance(value.get("model"), Mapping):
         raise CheckpointError(f"{where} is no configuration of the original code: it has no section 'model'.")
-    sections = {name: dict(value.get(name) or {}) for name in KNOWN if isinstance(value.get(name) or {}, Mapping)}
+    sections = {name: dict(found) if isinstance(found := value.get(name), Mapping) else {} for name in KNOWN}
     remarks = _unknown(value, sections)
     model, scheduler = sections["model"], sections["scheduler"]
     if "predict_v" in scheduler:  # the file of the Sprint teacher, which the original's own parser refuses
@@ -167,19 +180,28 @@ def convert_original_config(value: Any, where: str) -> OriginalConfig:
         transformer, controlnet = _networks(model, scheduler, sections["text_encoder"], where)
         vis = str(scheduler.get("vis_sampler", "flow_dpm-solver"))
         guided = transformer.guidance_embeds
+        if not guided and vis not in _SAMPLERS:
+            remarks.append(f"scheduler.vis_sampler {shown(vis)} is not here; flow-dpm takes its place.")
         shift = scheduler.get("inference_flow_shift") or scheduler.get("flow_shift") or (1.0 if guided else 3.0)
         layers = model.get("pag_applied_layers")
         lines = sections["text_encoder"].get("chi_prompt")
+        lines = lines.splitlines() if isinstance(lines, str) else lines
+        size, length = model.get("image_size", 1024), sections["text_encoder"].get("model_max_length", 300)
+        _check_range("image_size", size, 32, 16384)
+        _check_range("model_max_length", length, 1, 4096)
+        _check_range("flow_shift", shift, 1e-3, 1e3)
+        for number in layers or ():
+            _check_range("pag_applied_layers", number, 0, transformer.num_layers - 1)
         return OriginalConfig(
             transformer=transformer,
             controlnet=controlnet,
-            image_size=int(model.get("image_size", 1024)),
+            image_size=int(size),
             dtype=_PRECISIONS.get(str(model.get("mixed_precision", "fp16")), "float32"),
             flow_shift=float(shift),
             sampler="scm" if guided else _SAMPLERS.get(vis, "flow-dpm"),
             pag_layers=tuple(f"transformer_blocks.{int(number)}" for number in layers) if layers else None,
             instruction=tuple(str(line) for line in lines) if lines else None,
-            max_length=int(sections["text_encoder"].get("model_max_length", 300)),
+            max_length=int(length),
             autoencoder=sections["vae"].get("vae_pretrained"),
             training=sections["train"],
             remarks=tuple(remarks),
@@ -202,6 +224,11 @@ def open_fields(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(found.transformer, name) for name in ("sample_size", "interpolation_scale", "timestep_scale")}
 
 
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= float(value) <= high:
+        raise InvalidInput(f"{name} is {shown(value)}; it must lie between {low:g} and {high:g}")
+
+
 def _networks(
     model: Mapping[str, Any], scheduler: Mapping[str, Any], text: Mapping[str, Any], where: str
 ) -> tuple[TransformerConfig, ControlNetConfig | None]:
@@ -210,7 +237,9 @@ def _networks(
     if match is None:
         raise CheckpointError(f"{where} names the model {shown(name)!r}, which is no SANA image model.")
     millions, patch, depth = (int(number) for number in match.groups())
-    heads, cross, cross_dim = _WIDTHS.get(millions, (70, 20, 112))
+    if millions not in _WIDTHS or depth > 200:
+        raise CheckpointError(f"{where} names the model {shown(name)!r}, whose size no SANA model has.")
+    heads, cross, cross_dim = _WIDTHS[millions]
     size = int(model.get("image_size", 1024)) // 32
     guided = bool(model.get("cfg_embed")) or name.startswith("SanaMSCM")
     norms = {bool(model.get("qk_norm")), bool(model.get("cross_norm", model.get("qk_norm")))}

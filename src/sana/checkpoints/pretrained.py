@@ -329,11 +329,10 @@ class PretrainedMixin(nn.Module):
         return partial(outdated, folder, part, variant, suffix, written)
 
 
-class SanaTransformer2DModel(PretrainedMixin, LinearDiT):
-    """SANA's linear diffusion transformer; see `LinearDiT` for its inputs and `TransformerConfig` for its fields."""
+class GradientCheckpointing:
+    """The documented switches of a model whose blocks can be computed again instead of kept."""
 
-    config_type = TransformerSettings
-    config: TransformerSettings
+    gradient_checkpointing: bool
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -347,6 +346,13 @@ class SanaTransformer2DModel(PretrainedMixin, LinearDiT):
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed."""
         return self.gradient_checkpointing
+
+
+class SanaTransformer2DModel(GradientCheckpointing, PretrainedMixin, LinearDiT):
+    """SANA's linear diffusion transformer; see `LinearDiT` for its inputs and `TransformerConfig` for its fields."""
+
+    config_type = TransformerSettings
+    config: TransformerSettings
 
 
 def inside(folder: Path, subfolder: str | None) -> Path:

@@ -121,8 +121,8 @@ class Adapters:
             first = ", ".join(file.unmatched[:5])
             more = f" and {len(file.unmatched) - 5} more" if len(file.unmatched) > 5 else ""
             warnings.warn(f"{report}. This model does not have: {first}{more}.", stacklevel=2)
-        if not any(bool(update.up.any()) or update.magnitude is not None for update in file.updates.values()):
-            warnings.warn(f"The adapter '{name}' changes nothing: its up-projections are all zero.", stacklevel=2)
+        if not any(update.changes for update in file.updates.values()):
+            warnings.warn(f"The adapter '{name}' changes nothing: up-projections or alphas are all zero.", stacklevel=2)
         _log.info("%s", report)
         if hotswap or not activate:
             self._act(self._state.instead)
@@ -212,8 +212,7 @@ class Adapters:
         `weights` None are the active ones, {} none. `scale` multiplies all strengths.
         Errors: InvalidInput as `set`.
         """
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise InvalidInput(f"The scale of adapters is {scale!r:.60}; it must be a finite number.")
+        _check_scale(scale)
         if weights is None and scale == 1:
             yield
             return
@@ -235,8 +234,9 @@ class Adapters:
         Errors: InvalidInput for an unknown name, an adapter that is fused already, a quantised layer and a result that
         is not finite; the weights are untouched then.
         """
+        _check_scale(scale)
         state = self._state
-        chosen = list(state.active if names is None else names)
+        chosen = [names] if isinstance(names, str) else list(state.active if names is None else names)
         self._check_names(chosen)
         if not chosen:
             raise InvalidInput("There is no active adapter to fuse. Load one, or pass `adapter_names`.")
@@ -383,6 +383,11 @@ def _restored(originals: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[N
         for layer, held in now.items():
             for kind, tensor in held.items():
                 getattr(layer, kind).data = tensor
+
+
+def _check_scale(scale: Any) -> None:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise InvalidInput(f"The scale of adapters is {scale!r:.60}; it must be a finite number.")
 
 
 def _by_layer(

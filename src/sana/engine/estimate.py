@@ -304,11 +304,12 @@ def _decode(c: AutoencoderConfig, dtype: str, latents: int, count: int) -> Stage
 def _live_of_pictures(maps: Sequence[float], size: int, count: int, pixels: int) -> float:
     """Bytes in use while pictures are decoded: the outermost stage is done strip by strip, the next one is whole.
 
-    Of many pixels that one is done in strips, too, and the one before it is whole (see `STREAMED_PIXELS`).
+    Of many pixels all stages are done in strips, one picture after the other (see `STREAMED_PIXELS`).
     """
+    if count * pixels > STREAMED_PIXELS:
+        return STREAM_ROOM * size + STREAM_SHARE * size * maps[0] + 3.0 * size * (count - 1) * pixels
     inner = count * (maps[1] if len(maps) > 1 else 0.0)
-    factor = INNER_STREAMED if count * pixels > STREAMED_PIXELS else INNER_WHOLE
-    return min(16.0 * count * maps[0], LARGEST_STRIP) + factor * size * inner
+    return min(16.0 * count * maps[0], LARGEST_STRIP) + INNER_WHOLE * size * inner
 
 
 def _attention_block(width: int, scales: int, head: int) -> float:
@@ -373,8 +374,10 @@ BLOCK_TRAFFIC, ATTENTION_TRAFFIC = 22, 70
 """The same for a pixel of a block of the decoder."""
 LARGEST_STRIP = 170_000_000
 """Bytes in use while the outermost stage of the decoder runs, which is done strip by strip, at most."""
-INNER_WHOLE, INNER_STREAMED = 3.05, 1.4
-"""Maps of the next stage that are in use at once; measured at 512 to 2048 px in bfloat16."""
+INNER_WHOLE = 3.05
+"""Maps of the next stage that are in use at once; measured at 512 and 1024 px in bfloat16."""
+STREAM_ROOM, STREAM_SHARE = 275_000_000, 0.254
+"""Elements in use while a picture is decoded in strips: always, and of its outermost map; measured at 2048, 4096 px."""
 STREAMED_PIXELS = 2 << 20
 """From here on the decoder works in strips (`models.dc_ae`, which is not imported here: it needs torch)."""
 SHARES = {"float32": 0.9, "bfloat16": 0.5, "float16": 0.5}

@@ -24,8 +24,8 @@ from sana.engine.fingerprint import fingerprint
 from sana.engine.placement import WEIGHTED, Placement, modules_of, offload, pick_device, spread
 from sana.engine.sparing import check_memory, sparing
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
-from sana.memory.quantize import quantize
-from sana.memory.quantize_configs import for_parts
+from sana.memory.quantize import noted, quantize
+from sana.memory.quantize_configs import for_parts, name_of
 from sana.text.gemma import PromptEncoder
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Parts:
     scheduler: Any = None
     controlnet: Any = None
     """A control network, several of them in a list, or None."""
+    controlnet_name: str | None = None
+    """What a control network that did not come with the model is called; never a path."""
     card: Card | None = None
     """The card of a known model, None for a folder of unknown origin."""
     name: str = "unnamed"
@@ -62,6 +64,12 @@ class Parts:
     def components(self) -> dict[str, Any]:
         """The five parts by name."""
         return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def controlnets(self) -> list[Any]:
+        """The control networks."""
+        given = self.controlnet if isinstance(self.controlnet, list | tuple) else [self.controlnet]
+        return [network for network in given if network is not None]
 
     def require(self, *names: str) -> None:
         """Raise InvalidInput unless all the named parts are there."""
@@ -167,15 +175,13 @@ class Parts:
         """
         if self.placement is not None:
             raise InvalidInput("Compiled parts must stay in memory. Drop the memory mode, or do not compile.")
-        given = self.controlnet if isinstance(self.controlnet, list | tuple) else [self.controlnet]
-        networks = [network for network in given if network is not None]
-        compile_modules(self.transformer, self.vae, cache_dir, networks)
+        compile_modules(self.transformer, self.vae, cache_dir, self.controlnets)
 
     def describe(self) -> dict[str, str]:
         """Return what goes into the metadata of a picture: model, dtypes, device and versions; no path and no user.
 
-        `weights` names the weights in use (see `fingerprint`), whatever files they came from; `compiled` is there only
-        where it is so.
+        `weights` names the weights in use (see `fingerprint`), whatever files they came from; `quantized`, `compiled`
+        and what concerns a control network are there only where it is so.
         """
         dtypes = {
             name: str(getattr(self, name).dtype).removeprefix("torch.")
@@ -187,6 +193,9 @@ class Parts:
             **({"commit": self.commit} if self.commit else {}),
             **{f"{name}_dtype": dtype for name, dtype in dtypes.items()},
             "weights": fingerprint(*(getattr(self, name) for name in dtypes)),
+            **self._describe_quantized(),
+            **({"controlnet": self.controlnet_name} if self.controlnet_name else {}),
+            **({"controlnet_weights": fingerprint(*self.controlnets)} if self.controlnets else {}),
             **({"compiled": "yes"} if is_compiled(self.transformer) or is_compiled(self.vae) else {}),
             "threads": str(torch.get_num_threads()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -194,6 +203,13 @@ class Parts:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+    def _describe_quantized(self) -> dict[str, str]:
+        configs = {name: noted(getattr(self, name)) for name in ("transformer", "text_encoder")}
+        kinds = {name: name_of(config) for name, config in configs.items() if config is not None}
+        if len(kinds) == len(configs) and len(set(kinds.values())) == 1:
+            return {"quantized": kinds["transformer"]}
+        return {"quantized": ", ".join(f"{name} {kind}" for name, kind in kinds.items())} if kinds else {}
 
 
 def load(

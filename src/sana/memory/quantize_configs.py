@@ -96,6 +96,11 @@ def understood(config: Any) -> QuantizationConfig:
     return found
 
 
+def name_of(config: QuantizationConfig) -> str:
+    """Return the name in NAMES of a configuration, or of its method where it is a special one."""
+    return next((name for name, known in NAMES.items() if known == config), config.quant_method)
+
+
 def for_parts(config: Any) -> dict[str, QuantizationConfig]:
     """Return the configuration of each part: from a mapping by part names, or one for transformer and text encoder.
 

@@ -76,6 +76,12 @@ class LowRank:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
+    def changes(self) -> bool:
+        """Whether the layer is another with it."""
+        moved = bool(self.up.any()) or (self.bias is not None and bool(self.bias.any()))
+        return self.magnitude is not None or (self.alpha != 0 and moved)
+
+    @property
     def trained(self) -> bool:
         """Whether it learns, so that its own tensors must be used."""
         return any(tensor.requires_grad for tensor in self.tensors.values())

@@ -101,22 +101,32 @@ class _Facade:
             parts = load(model_path, device=self.device, dtype=self.dtype, revision=revision, **where)
         else:
             open_fields = {name: getattr(self.config.transformer, name) for name in KNOWN_BY_CARD}
-            found = examine(located.file, name=located.name, card=located.card, told=open_fields)
+            try:
+                found = examine(located.file, name=located.name, card=located.card, told=open_fields)
+            except CheckpointError:  # by itself the file may say what is wrong: it is another model
+                found = examine(located.file, name=located.name, card=located.card)
+            if "transformer" not in found.models:
+                raise CheckpointError(f"{model_path} holds an autoencoder, not the weights of SANA.")
+            self._check_model(model_path, found.models["transformer"].config)
             parts = self._assembled(found, base_folder(located), where)
-        if parts.transformer.config.to_dict() != self.config.transformer.to_dict():
-            wrong = _differences(parts.transformer.config.to_dict(), self.config.transformer.to_dict())
-            raise CheckpointError(f"{model_path} is not the model of the configuration: {wrong}. Use its own YAML.")
+        self._check_model(model_path, parts.transformer.config)
         parts.scheduler = self._scheduler()
         self.pipe = self.product(**parts.components)
         self.pipe.parts = parts
+
+    def _check_model(self, model_path: str | Path, found: Any) -> None:
+        """Refuse weights of another model, before anything of them is built; errors as `from_pretrained`."""
+        here, there = found.to_dict(), self.config.transformer.to_dict()
+        wrong = next((name for name in there if here.get(name) != there[name]), None)
+        if wrong is not None:
+            reason = f"its {wrong} is {here.get(wrong)}, there it is {there[wrong]}"
+            raise CheckpointError(f"{model_path} is not the model of the configuration: {reason}. Use its own YAML.")
 
     def _assembled(self, found: Original, folder: Path | None, where: dict[str, Any]) -> Parts:
         """Return the weights of a file with the parts of a folder around it, or of the published model."""
         card = self.config.card()
         dtypes = recommended_dtypes(found.card or card, self.device) if self.dtype == "card" else self.dtype
         single = load_examined(found, dtype=dtypes, device=self.device)
-        if single.transformer is None:
-            raise CheckpointError(f"{found.file.path} holds an autoencoder, not the weights of SANA.")
         others = self.base or folder or (found.base.name if found.base else card.base or card.name)
         return load(others, device=self.device, dtype=dtypes, transformer=single.transformer, **where)
 
@@ -245,14 +255,18 @@ def save_image(
     """Save pictures [n, 3, H, W] or one [3, H, W] as one file, in rows of `nrow`, as `torchvision.utils.save_image`.
 
     `normalize` maps `value_range`, or else the values' own range, to 0..1. The folder is made if it is not there.
-    Errors: InvalidInput for a tensor that is no picture.
+    Errors: InvalidInput for a tensor that is no picture, and for no pictures in a row.
     """
     from PIL import Image
 
     batch = tensor[None] if tensor.ndim == 3 else tensor
     if batch.ndim != 4 or batch.shape[1] != 3 or not len(batch):
         raise InvalidInput(f"A picture has the shape [3, H, W] or [n, 3, H, W], not {list(tensor.shape)}.")
+    if nrow < 1 or padding < 0:
+        raise InvalidInput(f"nrow is {nrow} and padding {padding}; they must be at least 1 and 0.")
     batch = batch.detach().float().cpu()
+    if not bool(batch.isfinite().all()):
+        raise InvalidInput("The picture holds NaN or infinity. Draw it again, in float32 or bfloat16.")
     if normalize:
         low, high = value_range or (float(batch.min()), float(batch.max()))
         batch = (batch.clamp(low, high) - low) / max(high - low, 1e-5)
@@ -266,8 +280,3 @@ def save_image(
     Path(fp).parent.mkdir(parents=True, exist_ok=True)
     pixels = sheet.mul(255).add(0.5).clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     Image.fromarray(pixels.numpy()).save(fp)
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    name = next(name for name in wanted if found.get(name) != wanted[name])
-    return f"its {name} is {found.get(name)}, there it is {wanted[name]}"

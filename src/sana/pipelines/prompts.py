@@ -14,8 +14,8 @@ from sana.engine.parts import Parts
 from sana.engine.request import shown
 from sana.errors import MissingDependency
 from sana.pipelines import checks
-from sana.pipelines.base import Pipeline
 from sana.pipelines.call import Call, TextInputs
+from sana.pipelines.surface import DocumentedPipeline
 
 Condition = tuple[Tensor, Tensor]
 """Embeddings [B, T, E] and their mask [B, T]."""
@@ -53,7 +53,7 @@ def repeated(condition: Condition, count: int) -> Condition:
     return embeds.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
 
 
-class PromptPipeline(Pipeline):
+class PromptPipeline(DocumentedPipeline):
     """A pipeline that reads prompts."""
 
     @staticmethod

@@ -31,6 +31,8 @@ def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
     if card is not None:
         introduce(card, terminal)
     parts.controlnet = _load(name, card, torch_dtype=parts.transformer.dtype, device_map=parts.device)
+    is_path = card is None and not name.startswith("hf://") and Path(name).expanduser().exists()
+    parts.controlnet_name = card.name if card is not None else Path(name).name if is_path else name
     wiring = _wiring(name, card)
     if wiring != parts.effective_card.wiring:
         parts.card = dataclasses.replace(parts.effective_card, wiring=wiring)

@@ -18,7 +18,7 @@ from sana.errors import CheckpointError, InvalidInput, ModelNotFound, SanaError
 class GoldenDiffers(SanaError):
     """A model does not give the values that were kept for it."""
 
-    exit_code = 1
+    exit_code = 3
 
 
 def pull(name: str, revision: str | None, variant: str | None, terminal: Terminal) -> dict[str, Any]:

@@ -64,12 +64,17 @@ class Job:
         Raises:
             InvalidInput: the model cannot do it, or an option would have no effect.
         """
-        request = self.request
-        with self.settings.told():
-            if self.shape is not None:
-                width, height = self.shape.pixels(card)
-                request = request.replace(width=width, height=height)
-            check_effects(request.resolve(card), card, self.given)
+        request, place = self.request, self.entry.place
+        try:
+            with self.settings.told():
+                if self.shape is not None:
+                    width, height = self.shape.pixels(card)
+                    request = request.replace(width=width, height=height)
+                check_effects(request.resolve(card), card, self.given)
+        except InvalidInput as error:
+            if not place or place in str(error):
+                raise
+            raise InvalidInput(f"{place}: {error}") from error
         return request
 
 
@@ -208,8 +213,8 @@ def _jobs(base: Settings, axes: Sequence[Axis], road: Road) -> list[Job]:
             swept = own.under({name: value for name, (value, _) in point.items()}, "--sweep")
             job = _job(swept, {name: label for name, (_, label) in point.items()}, entry)
             pictures += len(job.seeds) or job.request.count
-            if pictures > MOST_PICTURES:
-                raise InvalidInput(f"These are more than {MOST_PICTURES} pictures. Order fewer at once.")
+            if pictures > (road.most or MOST_PICTURES):
+                raise InvalidInput(f"These are more than {road.most or MOST_PICTURES} pictures. Order fewer at once.")
             jobs.append(job)
     return jobs
 

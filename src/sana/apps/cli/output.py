@@ -27,6 +27,8 @@ LONGEST_SILENCE = 60.0
 """Seconds after which a slow run says something."""
 _LOG = logging.getLogger("sana")
 _ADAPTERS = logging.getLogger("sana.engine.adapters")
+_NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers of libraries that transformers imports where they are installed, and that tell what they lack."""
 
 
 class Terminal:
@@ -139,6 +141,8 @@ class Terminal:
             _LOG.addHandler(handler)
             _LOG.setLevel(logging.INFO if self.verbose else logging.WARNING)
             _ADAPTERS.setLevel(logging.INFO)  # how many layers an adapter matched is always told
+            for name in () if self.verbose else _NOISY:
+                logging.getLogger(name).setLevel(logging.ERROR)
             try:
                 yield
             finally:

@@ -14,7 +14,8 @@ from sana.apps.cli.settings import decoded, from_text, from_value, read_text
 from sana.errors import InvalidInput, did_you_mean
 
 MOST_BYTES = 16_000_000
-MOST_PROMPTS = 10_000
+MOST_PROMPTS = 100_000
+"""Sets of prompts that models are measured with have 30,000."""
 STDIN = "-"
 
 
@@ -112,7 +113,8 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         header = [cell.strip() for cell in next(rows, [])]
         if "prompt" not in header or len(set(header)) < len(header):
-            raise InvalidInput(f"{name}, line 1: the first row must name the columns, each once, `prompt` among them.")
+            text = "the first row must name the columns, each once, with commas between them, `prompt` among them"
+            raise InvalidInput(f"{name}, line 1: {text}.")
         for row in rows:
             place = f"{name}, line {rows.line_num}"
             if len(row) > len(header):
@@ -126,11 +128,23 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parsed(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _without_doubles(place, pairs))
     except json.JSONDecodeError as error:
         raise InvalidInput(f"{place}: this is no JSON ({error}). Mend it.") from None
+    except InvalidInput:  # a ValueError too
+        raise
     except (RecursionError, ValueError):
         raise InvalidInput(f"{place}: this JSON is too deep or its numbers too long. Mend it.") from None
+
+
+def _without_doubles(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that stands in an object twice, of which JSON would keep the last alone."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"{place}: '{twice[:40]}' is there twice. Rename one of them.")
+    return found
 
 
 def _record(place: str, value: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from sana.apps.cli.arguments import Group
 from sana.apps.cli.names import STDOUT
 from sana.apps.cli.options import BATCH_GROUPS, EDIT_GROUPS, GROUPS, NOT_HERE, REFUSED
+from sana.apps.cli.prompts import MOST_PROMPTS
 from sana.errors import InvalidInput
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -25,6 +26,8 @@ class Road:
     """What is said where there is no prompt."""
     groups: tuple[Group, ...] = GROUPS
     refused: Mapping[str, str] = field(default_factory=lambda: REFUSED)
+    most: int | None = None
+    """Pictures that may be ordered at once, where they are not as many as elsewhere."""
     needs_image: bool = False
     """Whether every picture begins with another."""
 
@@ -117,7 +120,7 @@ A .txt file has one prompt a line. Each line of .jsonl, each entry of .json and 
 row of .csv may also set what a picture's flags set, which then wins over them, and
 its name:
 
-  {"prompt": "a fox", "name": "fox", "steps": 30, "lora": ["my.safetensors 0.8"]}
+  {"prompt": "a fox", "name": "fox", "steps": 30, "lora": ["my.safetensors"]}
 
 A .json file may also be an object: its keys are the names. A line without a seed gets
 one from its own words, the same at every run. What fails is told at the end, with
@@ -125,6 +128,7 @@ exit code 6; manifest.jsonl in the folder says what was done.""",
     words=_file,
     nothing="Which file of prompts? For example: sana batch prompts.txt -o pictures/",
     groups=BATCH_GROUPS,
+    most=MOST_PROMPTS,
     refused={
         **NOT_HERE,
         "--prompt-file": "The file comes right behind the verb: sana batch PROMPTS.txt",

@@ -201,9 +201,10 @@ def _model(facts: Mapping[str, str]) -> dict[str, str]:
     dtypes = dtypes_of(facts)
     alike = len(set(dtypes.values())) == 1
     precision = next(iter(dtypes.values())) if alike else ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items())
+    precision += f", {facts['quantized']}" if "quantized" in facts else ""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("sanakit", "torch", "python") if name in facts)
     model = f"{facts['name']} ({precision} on {facts.get('device', '?')})" if "name" in facts else ""
-    return {"model": model, "made with": versions}
+    return {"model": model, "control network": facts.get("controlnet", ""), "made with": versions}
 
 
 def dtypes_of(facts: Mapping[str, str]) -> dict[str, str]:

@@ -19,9 +19,9 @@ USAGE = "sana lora info FILE | convert IN OUT --to DIALECT | merge MODEL LORA[:S
 DESCRIPTION = """\
 Look into an adapter (LoRA or DoRA), turn it into the dialect of another program, or merge adapters into a model.
 
-  sana lora info style.safetensors                                  what it is, and which models it is for
-  sana lora convert style.safetensors style-comfy.safetensors --to comfyui
-  sana lora merge sana-1.6b-1024 style.safetensors:0.8 my-model     a model that needs the adapter no longer
+  sana lora info my.safetensors                           what it is, for which models
+  sana lora convert my.safetensors new.safetensors --to comfyui
+  sana lora merge sana-1.6b-1024 my.safetensors:0.8 out   a model that has it in itself
 
 A file, a folder or a hub id names an adapter. To draw with one: sana "PROMPT" --lora FILE 0.8"""
 

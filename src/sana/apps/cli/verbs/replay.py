@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.attached import Attached, found
+from sana.apps.cli.controlnets import attach
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import RECORDED, Machine, introduce, out_of_memory_told
 from sana.apps.cli.names import STDOUT, check_files, plan_files
@@ -21,6 +22,7 @@ from sana.cards import CARDS
 from sana.engine.metadata import Metadata, shortened
 from sana.engine.request import Request, Result
 from sana.errors import InvalidInput
+from sana.memory.quantize_configs import NAMES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,6 +141,16 @@ def _machine(metadata: Metadata, given: dict[str, Any]) -> Machine:
         recorded["threads"] = int(facts["threads"])
     if facts.get("compiled") in ("yes", "True", "true"):
         recorded["compile"] = True
+    if facts.get("quantized") in NAMES:
+        recorded["quantize"] = facts["quantized"]
+    controlnet = facts.get("controlnet")
+    if controlnet is not None and "controlnet" not in given:
+        if controlnet not in CARDS and not _is_folder(controlnet):
+            raise InvalidInput(
+                f"The picture followed the control network '{shortened(controlnet)}', which is not here. Say where with"
+                " --controlnet."
+            )
+        recorded["controlnet"] = controlnet
     dtypes = dtypes_of(facts)
     if dtypes and all(dtype in ("float32", "bfloat16", "float16") for dtype in dtypes.values()):
         recorded["dtype"] = {"default": "auto", **dtypes}  # what --dtype cannot say: one for each part
@@ -172,7 +184,10 @@ def _load(machine: Machine, metadata: Metadata, chosen: bool, terminal: Terminal
     began = time.perf_counter()
     with out_of_memory_told():
         dtype: Any = machine.dtype if machine.dtype != "auto" else "card"
-        parts = load(machine.model, device=machine.device, dtype=dtype, revision=commit)
+        kind = None if machine.quantize == "none" else machine.quantize
+        parts = load(machine.model, device=machine.device, dtype=dtype, revision=commit, quantization_config=kind)
+        if machine.controlnet is not None:
+            attach(parts, machine.controlnet, terminal)
         if machine.compile:
             parts.compile()
     return parts, time.perf_counter() - began
