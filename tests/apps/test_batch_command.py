@@ -87,6 +87,7 @@ def test_the_keys_of_an_object_are_the_names() -> None:
     assert len(set(found)) == 4
     assert all("/" not in name and ":" not in name for name in found)
     assert names({"a": {"prompt": "x", "seed": [1, 2]}}, name="p.json") == ["a-1.png", "a-2.png"]
+    assert names({"a": {"prompt": "x", "seed": 1, "category": "people"}}, name="p.json") == ["a.png"], "published sets"
     assert names([{"prompt": "x", "name": "mine"}]) == ["mine.png"]
     assert Path("p").name == order(written(["a fox"])).files[0].parent.name, "the folder is named after the file"
     with pytest.raises(InvalidInput, match=r"p\.json must hold a list of prompts, or an object of them by name"):

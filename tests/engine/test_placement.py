@@ -1,5 +1,6 @@
 """Parts that come and go: the same pictures in every memory mode, what is away when, and what is refused."""
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -164,6 +165,40 @@ def test_adapters_while_memory_is_saved(folder: Path) -> None:
     wanted = adapted(load(folder, device="cpu"))
     for mode in MODES:
         assert same(adapted(load(folder, device="cpu", memory=mode)), wanted)
+
+
+def test_what_was_fused_before_stays_fused(folder: Path) -> None:
+    def fused(mode: str | None) -> Any:
+        parts = load(folder, device="cpu")
+        config = parts.transformer.config
+        shapes = {"proj_out": (config.in_channels, config.inner_dim), "transformer_blocks.1.attn1.to_q": None}
+        generator, state = torch.Generator().manual_seed(6), {}
+        for name, shape in shapes.items():
+            rows, columns = shape or (config.inner_dim, config.inner_dim)
+            state[f"transformer.{name}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            state[f"transformer.{name}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+        parts.adapters.load(state, "one")
+        parts.adapters.set({"one": 1.0})
+        parts.adapters.fuse()
+        if mode is not None:
+            parts.save_memory(mode, "cpu")
+        return generate_images(parts, REQUEST)
+
+    wanted = fused(None)
+    for mode in MODES:
+        assert same(fused(mode), wanted)
+
+
+def test_bundles_of_the_same_parts_share_the_way_they_are_kept(folder: Path, reference: Any) -> None:
+    first = load(folder, device="cpu", memory="lowest")
+    second = copy.copy(first)
+    assert same(generate_images(second, REQUEST), reference)
+    second.stay()
+    assert first.placement is None
+    assert same(generate_images(first, REQUEST), reference)
+    assert same(generate_images(second, REQUEST), reference)
+    second.save_memory("low", "cpu")
+    assert same(generate_images(first, REQUEST), reference)
 
 
 def test_replaced_parts_and_ends(folder: Path, reference: Any) -> None:

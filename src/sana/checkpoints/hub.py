@@ -296,11 +296,7 @@ def _download(wanted: _Wanted, *, force: bool) -> Path:
 
     Errors: ModelNotFound with the hub library's error as its cause; CheckpointError for a file whose hash is wrong.
     """
-    api = HfApi(endpoint=wanted.endpoint, token=wanted.token, library_name="sanakit")
-    try:
-        info = api.model_info(wanted.repo, revision=wanted.revision, timeout=REQUEST_TIMEOUT)
-    except Exception as error:  # the client's transport library, and with it its errors, depends on its version
-        raise _not_served(wanted, error) from error
+    info = _info(wanted)
     listing = [file.rfilename for file in info.siblings or ()]
     files = wanted_files(listing, wanted.parts, wanted.variant, wanted.use_safetensors, wanted.optional)
     if not files:
@@ -326,6 +322,7 @@ def _download(wanted: _Wanted, *, force: bool) -> Path:
 
 def _download_file(wanted: _Wanted, file: str, force: bool) -> Path:
     """Fetch one file; errors as `_download`."""
+    _info(wanted)  # one question, answered soon: the download itself would ask six times, and tell of each
     try:
         pointer = hf_hub_download(
             wanted.repo,
@@ -347,6 +344,15 @@ def _download_file(wanted: _Wanted, file: str, force: bool) -> Path:
         raise _not_served(wanted, error) from error
     _check_download(Path(pointer))
     return Path(pointer)
+
+
+def _info(wanted: _Wanted) -> Any:
+    """Ask the hub what a repository holds; errors as `_download`."""
+    api = HfApi(endpoint=wanted.endpoint, token=wanted.token, library_name="sanakit")
+    try:
+        return api.model_info(wanted.repo, revision=wanted.revision, timeout=REQUEST_TIMEOUT)
+    except Exception as error:  # the client's transport library, and with it its errors, depends on its version
+        raise _not_served(wanted, error) from error
 
 
 def _not_served(wanted: _Wanted, error: Exception) -> ModelNotFound:

@@ -34,6 +34,13 @@ CARD_KEY = "_sanakit_card"
 """Key of `model_index.json` that names the card of a model; other readers skip it because of the underscore."""
 
 
+@dataclass
+class _Placing:
+    """Holds what several bundles of the same parts share."""
+
+    current: Placement | None = None
+
+
 @dataclass(kw_only=True)
 class Parts:
     """What makes pictures: the five documented components and the card that describes them.
@@ -56,14 +63,25 @@ class Parts:
     """What the model is called in messages and metadata; never a path."""
     commit: str | None = None
     """Commit of the hub repository that the files came from."""
-    placement: Placement | None = None
-    """What brings the parts to the device while they are used; None where they always are there."""
+    _placing: _Placing = field(default_factory=_Placing, init=False, repr=False)
     _prompts: PromptEncoder | None = field(default=None, init=False, repr=False)
 
     @property
     def components(self) -> dict[str, Any]:
         """The five parts by name."""
         return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def placement(self) -> Placement | None:
+        """What brings the parts to the device while they are used; None where they always are there.
+
+        Copies of these parts have the same one: the weights are the same, too.
+        """
+        return self._placing.current
+
+    @placement.setter
+    def placement(self, value: Placement | None) -> None:
+        self._placing.current = value
 
     @property
     def controlnets(self) -> list[Any]:

@@ -85,7 +85,7 @@ class Shelf:
 
     def bring(self, names: Iterable[str] | None = None) -> None:
         """Have all weights, or those of these names that are the shelf's, on the device."""
-        wanted = self.names if names is None else names
+        wanted = self.names if names is None else frozenset(self.names).intersection(names)
         self.put(self.source.read([name for name in wanted if name not in self._here]))
         if names is None:
             self._follow()

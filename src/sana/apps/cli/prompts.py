@@ -105,7 +105,9 @@ def _named_records(content: Mapping[str, Any], name: str) -> Iterator[tuple[str,
         raise InvalidInput(f"{name} must hold a list of prompts, or an object of them by name: put [] around it.")
     for key, value in content.items():
         place = f"{name}, entry '{key[:40]}'"
-        yield place, {"name": key, **_record(place, value)}
+        record = _record(place, value)
+        record.pop("category", None)  # the published prompt sets of this form sort their prompts by it
+        yield place, {"name": key, **record}
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
