@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ from PIL import Image
 from reference_pipelines import PROMPTS, SIZE, oracle_of, quiet, seeded
 from sana import SanaControlNetPipeline, SanaPAGPipeline, SanaPipeline, SanaSprintImg2ImgPipeline, SanaSprintPipeline
 from sana.engine.resolution import bins_of
-from sana.errors import InvalidInput
+from sana.errors import CheckpointError, InvalidInput
 from tiny_model import make_tiny_parts, tiny_controlnet
 
 KINDS = (SanaPipeline, SanaPAGPipeline, SanaSprintPipeline, SanaSprintImg2ImgPipeline, SanaControlNetPipeline)
@@ -22,7 +23,16 @@ CONTRACT = (
     *("image_processor", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
     *("enable_attention_slicing", "disable_attention_slicing", "set_progress_bar_config", "progress_bar"),
     *("maybe_free_model_hooks", "remove_all_hooks", "hf_device_map", "reset_device_map", "register_modules"),
-    *("download", "load_config", "config", "name_or_path", "guidance_scale", "num_timesteps", "interrupt"),
+    *(
+        "download",
+        "push_to_hub",
+        "load_config",
+        "config",
+        "name_or_path",
+        "guidance_scale",
+        "num_timesteps",
+        "interrupt",
+    ),
 )
 
 
@@ -103,3 +113,27 @@ def test_places_and_hooks(pipe: SanaPipeline, tmp_path: Path, caplog: pytest.Log
         with pytest.raises(InvalidInput):
             pipe.enable_group_offload("cpu", **bad)
     assert hasattr(diffusers.SanaPipeline, "enable_group_offload")
+
+
+def test_push_to_hub_saves_what_can_be_loaded(pipe: SanaPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo: str, **options: Any) -> Any:
+            seen.update(repo=repo, **options)
+            return SimpleNamespace(repo_id=repo)
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+            files = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*.safetensors")}
+            seen.update(files=files, message=commit_message)
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    monkeypatch.setattr("sana.checkpoints.hub.HfApi", Api)
+    assert pipe.push_to_hub("me/mine", private=True, commit_message="first", variant="bf16").endswith("/commit/1")
+    assert (seen["repo"], seen["private"], seen["message"]) == ("me/mine", True, "first")
+    assert "transformer/diffusion_pytorch_model.bf16.safetensors" in seen["files"]
+    monkeypatch.setattr(Api, "create_repo", lambda *_, **__: 1 / 0)
+    with pytest.raises(CheckpointError, match=r"'me/mine' could not be written on the hub .*hf auth login"):
+        pipe.push_to_hub("me/mine")

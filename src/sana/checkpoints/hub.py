@@ -180,6 +180,22 @@ def locate_file(
     return Located(folder=pointer.parent, file=pointer, name=reference.name, card=card, commit=commit)
 
 
+def upload(folder: Path, repo: str, *, private: bool | None, token: str | bool | None, message: str | None) -> str:
+    """Put a folder into a repository of the hub, made if there is none, and return the address of the commit.
+
+    Errors: CheckpointError with the hub library's error as its cause.
+    """
+    api = HfApi(token=token, library_name="sanakit")
+    try:
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        made = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message or "Upload with sanakit")
+    except Exception as error:  # as in `_download`
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = f"'{repo}' could not be written on the hub ({reason}). Run `hf auth login`, and check the name."
+        raise CheckpointError(text) from error
+    return str(made.commit_url)
+
+
 def is_built_in(folder: Path, card: Card) -> bool:
     """Tell whether a folder is the one in the package that holds the model of a card, not just one that names it."""
     return card.folder is not None and folder.resolve() == _asset(card).resolve()

@@ -4,6 +4,7 @@ Shapes: P pictures, H W pixels.
 """
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ class DocumentedPipeline(Pipeline):
     def download(cls, pretrained_model_name: str | Path, **finding: Any) -> str:
         """Return the folder of a model, fetching what is missing; `finding` and errors as `load_config`."""
         return str(hub.locate(pretrained_model_name, **finding).folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **saving: Any,
+    ) -> str:
+        """Save into a repository of the hub, made if there is none, and return the address of the commit.
+
+        `saving` are the options of `save_pretrained`. Errors: CheckpointError if the hub does not take it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saving)
+            return hub.upload(Path(folder), repo_id, private=private, token=token, message=commit_message)
 
     @staticmethod
     def numpy_to_pil(images: Any) -> list[Image.Image]:
