@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sana.cards import CARDS
-from sana.checkpoints.lora_bases import layers_of
-from sana.checkpoints.lora_files import read_lora
+from sana.checkpoints.lora.bases import layers_of
+from sana.checkpoints.lora.files import read_lora
 from sana.checkpoints.weights import on_meta
 from sana.models.linear_dit import LinearDiT
 from tiny_lora import ATTENTION, random_lora

@@ -7,11 +7,11 @@ import torch
 from tiny_pipeline import autoencoder, stir, transformer
 from torch import Tensor
 
-from sana.checkpoints.architecture import keys_of_autoencoder
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.controlnet import SanaControlNetModel
-from sana.checkpoints.examine import original_tensors
-from sana.checkpoints.keymap import controlnet_keys, transformer_keys
+from sana.checkpoints.original.architecture import keys_of_autoencoder
+from sana.checkpoints.original.examine import original_tensors
+from sana.checkpoints.original.keymap import controlnet_keys, transformer_keys
 
 TOLD: dict[str, Any] = {"attention_head_dim": 8, "num_cross_attention_heads": 2}
 """What the tensors of the tiny transformer leave open, besides what they leave open of every one."""

@@ -15,9 +15,9 @@ from fake_hub import Hub
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sana.checkpoints.lora_dialects import MAX_NAME, MAX_TENSORS, read_names
-from sana.checkpoints.lora_files import find, read_lora
-from sana.checkpoints.lora_writing import save_lora
+from sana.checkpoints.lora.dialects import MAX_NAME, MAX_TENSORS, read_names
+from sana.checkpoints.lora.files import find, read_lora
+from sana.checkpoints.lora.writing import save_lora
 from sana.engine.adapters import Adapters
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, NonFinite, SanaError
 from sana.models.lora import targets
@@ -224,7 +224,7 @@ def test_a_huge_file_is_judged_by_its_header(tmp_path: Path) -> None:
         opened.write(struct.pack("<Q", len(text)) + text)
         opened.truncate(8 + len(text) + 2 * size)  # a hole, which takes no space
     code = (
-        "import resource, sys, torch; from sana.checkpoints.lora_files import read_lora;"
+        "import resource, sys, torch; from sana.checkpoints.lora.files import read_lora;"
         "from sana.models.lora import Target; from sana.errors import CheckpointError\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_lora(sys.argv[1], {'transformer_blocks.0.attn1.to_q': Target(inputs=32, outputs=32)})\n"

@@ -26,8 +26,8 @@ from test_foreign_files import Canary, archives
 from tiny_pipeline import transformer
 
 from sana.checkpoints.convert import Conversion, convert
-from sana.checkpoints.examine import examine
-from sana.checkpoints.original import load_single_file
+from sana.checkpoints.original.examine import examine
+from sana.checkpoints.original.loading import load_single_file
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.single import open_single
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound

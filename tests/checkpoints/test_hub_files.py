@@ -141,7 +141,7 @@ def test_references_are_read_or_refused() -> None:
 
 
 def test_other_parts_come_from_the_folder_around_the_file(tmp_path: Path) -> None:
-    from sana.checkpoints.original import base_folder
+    from sana.checkpoints.original.loading import base_folder
 
     (tmp_path / "m" / "checkpoints").mkdir(parents=True)
     path, _ = tiny_original(tmp_path / "m" / "checkpoints" / "mine.pth")

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sana.checkpoints.keymap import transformer_keys
-from sana.checkpoints.lora_dialects import Dialect, join, read_names, split, write_names
-from sana.checkpoints.lora_files import read_lora
-from sana.checkpoints.lora_writing import model_spec, save_lora, write_file
+from sana.checkpoints.lora.dialects import Dialect, join, read_names, split, write_names
+from sana.checkpoints.lora.files import read_lora
+from sana.checkpoints.lora.writing import model_spec, save_lora, write_file
+from sana.checkpoints.original.keymap import transformer_keys
 from sana.engine.adapters import Adapters
 from sana.errors import CheckpointError, InvalidInput
 from sana.models.lora import LowRank, targets

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sana.cards import CARDS
-from sana.checkpoints.original_config import PUBLISHED, convert_original_config, read_original_config
+from sana.checkpoints.original.settings import PUBLISHED, convert_original_config, read_original_config
 from sana.errors import CheckpointError, ModelNotFound
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training.config import OptimizerSettings, RunSettings, build

@@ -21,12 +21,17 @@ from tiny_pipeline import same, transformer
 from torch import nn
 
 from sana.cards import CARDS, Card
-from sana.checkpoints.architecture import infer_autoencoder, infer_controlnet, infer_transformer, keys_of_autoencoder
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.controlnet import SanaControlNetModel
-from sana.checkpoints.examine import examine, original_tensors
-from sana.checkpoints.keymap import controlnet_keys, transformer_keys
-from sana.checkpoints.original import load_single_file
+from sana.checkpoints.original.architecture import (
+    infer_autoencoder,
+    infer_controlnet,
+    infer_transformer,
+    keys_of_autoencoder,
+)
+from sana.checkpoints.original.examine import examine, original_tensors
+from sana.checkpoints.original.keymap import controlnet_keys, transformer_keys
+from sana.checkpoints.original.loading import load_single_file
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.references import card_of_file
 from sana.checkpoints.weights import Stored, on_meta

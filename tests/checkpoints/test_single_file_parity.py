@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
 from originals import FAMILIES, TOLD, original_state, small_autoencoder
 from tiny_pipeline import transformer
 
-from sana.checkpoints.original import load_single_file
+from sana.checkpoints.original.loading import load_single_file
 
 
 def loaded(path: Path, state: dict[str, torch.Tensor], **told: Any) -> dict[str, torch.Tensor]:

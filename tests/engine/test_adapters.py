@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sana.checkpoints.lora_files import read_lora
-from sana.checkpoints.lora_writing import save_lora
+from sana.checkpoints.lora.files import read_lora
+from sana.checkpoints.lora.writing import save_lora
 from sana.engine import adapters as adapters_module
 from sana.engine.adapters import Adapters
 from sana.engine.fingerprint import fingerprint

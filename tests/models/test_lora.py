@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sana.checkpoints.lora_files import read_lora
+from sana.checkpoints.lora.files import read_lora
 from sana.errors import InvalidInput
 from sana.memory.int8 import filled, fits
 from sana.models.lora import LowRank, attach, dense_weight, merged, targets

@@ -12,8 +12,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from sana.checkpoints.lora_files import read_lora
-from sana.checkpoints.lora_writing import save_lora
+from sana.checkpoints.lora.files import read_lora
+from sana.checkpoints.lora.writing import save_lora
 from sana.engine.adapters import Adapters
 from sana.models.lora import targets
 from tiny_lora import EVERYWHERE, off, random_lora, velocity

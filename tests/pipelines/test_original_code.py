@@ -13,7 +13,7 @@ from PIL import Image
 
 from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.folder import save_parts
-from sana.checkpoints.original_config import OriginalConfig, read_original_config
+from sana.checkpoints.original.settings import OriginalConfig, read_original_config
 from sana.checkpoints.schedulers import DPMSolverMultistepScheduler, SCMScheduler
 from sana.config import TransformerConfig
 from sana.engine.parts import Parts

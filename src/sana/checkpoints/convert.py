@@ -15,13 +15,10 @@ from torch import Tensor
 
 from sana.cards import Card
 from sana.checkpoints import hub
-from sana.checkpoints.architecture import keys_of_autoencoder, kinds_of
 from sana.checkpoints.assembly import OTHERS, SAMPLERS, assemble, write_scheduler
 from sana.checkpoints.bounds import shown
-from sana.checkpoints.examine import Original, examine, original_tensors
 from sana.checkpoints.folder import OPTIONAL, load_parts, save_parts
 from sana.checkpoints.hub import Located
-from sana.checkpoints.keymap import Keymap, controlnet_keys, transformer_keys
 from sana.checkpoints.layout import (
     MODEL_INDEX,
     ROOT,
@@ -32,7 +29,10 @@ from sana.checkpoints.layout import (
     part_variants,
     read_json,
 )
-from sana.checkpoints.original import PARTS
+from sana.checkpoints.original.architecture import keys_of_autoencoder, kinds_of
+from sana.checkpoints.original.examine import Original, examine, original_tensors
+from sana.checkpoints.original.keymap import Keymap, controlnet_keys, transformer_keys
+from sana.checkpoints.original.loading import PARTS
 from sana.checkpoints.pretrained import PretrainedMixin, as_dtype, inside
 from sana.checkpoints.single import PICKLES, TensorFile, open_single
 from sana.checkpoints.storage import Leftovers, publish, saving

@@ -12,9 +12,9 @@ from torch import nn
 
 from sana.checkpoints import hub
 from sana.checkpoints.bounds import check_config
-from sana.checkpoints.examine import examine, examine_tensors
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, ROOT, Weights, find_weights, part_of, read_json
-from sana.checkpoints.original_config import open_fields
+from sana.checkpoints.original.examine import examine, examine_tensors
+from sana.checkpoints.original.settings import open_fields
 from sana.checkpoints.storage import Leftovers, recover, saving, warn_if_open_to_all, write_json
 from sana.checkpoints.weights import (
     MAX_SHARD_SIZE,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sana.checkpoints.lora_files import LoraFile
+from sana.checkpoints.lora.files import LoraFile
 from sana.errors import InvalidInput
 from sana.models.lora import LowRank
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana.checkpoints.lora_files import LoraFile, find, read_lora
-from sana.checkpoints.lora_writing import save_lora
+from sana.checkpoints.lora.files import LoraFile, find, read_lora
+from sana.checkpoints.lora.writing import save_lora
 from sana.engine.adapter_strengths import LoraReport, Strength, check_strength, free_name, strength_of, times
 from sana.errors import InvalidInput, did_you_mean
 from sana.models.lora import LowRank, attach, merged, targets
@@ -99,11 +99,11 @@ class Adapters:
         """Load an adapter from a file, a folder, the hub or tensors, and let it act, alone unless `activate` is off.
 
         Args:
-            source: path, hub id or a mapping of names to tensors, in any dialect of `sana.checkpoints.lora_dialects`.
+            source: path, hub id or a mapping of names to tensors, in any dialect of `sana.checkpoints.lora.dialects`.
             name: what to call it; None takes "default_0", "default_1", ...
             hotswap: put it in the place of the loaded adapter of that name.
             weight: its strength; None is 1, or with `hotswap` that of the one before.
-            where: arguments of `sana.checkpoints.lora_files.read_lora`, such as `weight_name` and `revision`.
+            where: arguments of `sana.checkpoints.lora.files.read_lora`, such as `weight_name` and `revision`.
 
         Raises:
             ModelNotFound: there is no such file.
@@ -284,7 +284,7 @@ class Adapters:
         }
 
     def save(self, name: str, path: str | Path, **options: Any) -> None:
-        """Write an adapter; `options` are those of `sana.checkpoints.lora_writing.save_lora`."""
+        """Write an adapter; `options` are those of `sana.checkpoints.lora.writing.save_lora`."""
         save_lora(Path(path), self.updates(name), **options)
 
     def report(self, name: str) -> LoraReport:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sana.checkpoints import hub
-from sana.checkpoints.examine import original_tensors
-from sana.checkpoints.keymap import transformer_keys
-from sana.checkpoints.original import load_single_file
+from sana.checkpoints.original.examine import original_tensors
+from sana.checkpoints.original.keymap import transformer_keys
+from sana.checkpoints.original.loading import load_single_file
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.storage import Leftovers, publish, saving
 from sana.checkpoints.tensors import write_tensors

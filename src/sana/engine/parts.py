@@ -17,7 +17,7 @@ from sana.checkpoints import hub
 from sana.checkpoints.folder import COMPONENTS, OPTIONAL, DtypeChoice, load_parts
 from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.layout import MODEL_INDEX, read_json
-from sana.checkpoints.original import base_folder, load_single_file
+from sana.checkpoints.original.loading import base_folder, load_single_file
 from sana.engine.adapters import Adapters
 from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint

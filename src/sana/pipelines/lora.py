@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sana.checkpoints.lora_files import PICKLED_NAME, WEIGHT_NAME, read_tensors_of
-from sana.checkpoints.lora_writing import save_tensors
+from sana.checkpoints.lora.files import PICKLED_NAME, WEIGHT_NAME, read_tensors_of
+from sana.checkpoints.lora.writing import save_tensors
 from sana.engine.adapter_strengths import LoraReport, Strength
 from sana.engine.adapters import Adapters
 from sana.engine.request import shown

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from sana.checkpoints import hub
-from sana.checkpoints.architecture import KNOWN_BY_CARD
-from sana.checkpoints.examine import Original, examine
 from sana.checkpoints.folder import DtypeChoice
-from sana.checkpoints.original import base_folder, load_examined
-from sana.checkpoints.original_config import OriginalConfig, read_original_config
+from sana.checkpoints.original.architecture import KNOWN_BY_CARD
+from sana.checkpoints.original.examine import Original, examine
+from sana.checkpoints.original.loading import base_folder, load_examined
+from sana.checkpoints.original.settings import OriginalConfig, read_original_config
 from sana.checkpoints.schedulers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from sana.engine.parts import Parts, load, recommended_dtypes
 from sana.engine.placement import pick_device

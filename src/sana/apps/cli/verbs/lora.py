@@ -12,8 +12,8 @@ from sana.apps.cli.output import Terminal, listed
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
-    from sana.checkpoints.lora_bases import Fit
-    from sana.checkpoints.lora_files import Header, LoraFile
+    from sana.checkpoints.lora.bases import Fit
+    from sana.checkpoints.lora.files import Header, LoraFile
 
 USAGE = "sana lora info FILE | convert IN OUT --to DIALECT | merge MODEL LORA[:SCALE]... OUT"
 DESCRIPTION = """\
@@ -74,8 +74,8 @@ def _info(names: Sequence[str], options: Adapting, terminal: Terminal) -> None:
     if len(names) != 1:
         raise InvalidInput("Give one adapter. For example: sana lora info style.safetensors")
 
-    from sana.checkpoints.lora_bases import fit
-    from sana.checkpoints.lora_files import find, read_lora_header
+    from sana.checkpoints.lora.bases import fit
+    from sana.checkpoints.lora.files import find, read_lora_header
 
     header = read_lora_header(find(names[0], **_where(options)))
     try:
@@ -92,7 +92,7 @@ def _info(names: Sequence[str], options: Adapting, terminal: Terminal) -> None:
 
 
 def _facts(header: "Header", fitting: "Fit") -> dict[str, Any]:
-    from sana.checkpoints.lora_files import alphas_of, file_digest
+    from sana.checkpoints.lora.files import alphas_of, file_digest
 
     reading, shapes = fitting.reading, header.shapes
     ranks = sorted({shapes[group.keys["down"]][0] for group in reading.groups})
@@ -140,9 +140,9 @@ def _convert(names: Sequence[str], options: Adapting, terminal: Terminal) -> Non
     if len(names) != 2 or options.to is None:
         raise InvalidInput("Give two files and a dialect. For example: sana lora convert in.safetensors out --to kohya")
 
-    from sana.checkpoints.lora_bases import fit
-    from sana.checkpoints.lora_files import WEIGHT_NAME, find, read_lora, read_lora_header
-    from sana.checkpoints.lora_writing import save_lora
+    from sana.checkpoints.lora.bases import fit
+    from sana.checkpoints.lora.files import WEIGHT_NAME, find, read_lora, read_lora_header
+    from sana.checkpoints.lora.writing import save_lora
 
     source, target = find(names[0], **_where(options)), Path(names[1]).expanduser()
     if target.suffix != ".safetensors":
@@ -161,7 +161,7 @@ def _convert(names: Sequence[str], options: Adapting, terminal: Terminal) -> Non
 
 def _metadata(file: "LoraFile", fitting: "Fit", options: Adapting) -> dict[str, str]:
     """Return what the file said of itself, what is missing there, and what the user says."""
-    from sana.checkpoints.lora_writing import MODEL_SPEC, model_spec
+    from sana.checkpoints.lora.writing import MODEL_SPEC, model_spec
 
     known = next(iter(fitting.cards), "sana")
     said = {"title": options.title, "trigger_phrase": options.trigger}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sana.checkpoints.bounds import shown
-from sana.checkpoints.keymap import POSITIONS, Keymap, autoencoder_keys, controlnet_keys, transformer_keys
+from sana.checkpoints.original.keymap import POSITIONS, Keymap, autoencoder_keys, controlnet_keys, transformer_keys
 from sana.checkpoints.weights import Stored
 from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
 from sana.errors import CheckpointError, InvalidInput

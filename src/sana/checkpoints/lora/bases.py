@@ -8,8 +8,8 @@ from pathlib import Path
 from sana.cards import CARDS
 from sana.checkpoints import hub
 from sana.checkpoints.layout import read_json
-from sana.checkpoints.lora_dialects import Reading
-from sana.checkpoints.lora_files import Header, judge
+from sana.checkpoints.lora.dialects import Reading
+from sana.checkpoints.lora.files import Header, judge
 from sana.checkpoints.pretrained import inside
 from sana.checkpoints.weights import on_meta
 from sana.config import TransformerConfig

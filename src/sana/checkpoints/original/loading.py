@@ -10,9 +10,9 @@ import torch
 from sana.cards import Card
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.controlnet import SanaControlNetModel
-from sana.checkpoints.examine import Original, examine
 from sana.checkpoints.hub import Located
 from sana.checkpoints.layout import MODEL_INDEX, read_json
+from sana.checkpoints.original.examine import Original, examine
 from sana.checkpoints.pretrained import SanaTransformer2DModel, as_dtype
 from sana.checkpoints.references import card_of_file
 from sana.checkpoints.single import SINGLE_FILES, open_single

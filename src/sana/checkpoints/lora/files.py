@@ -18,7 +18,7 @@ from sana.checkpoints.bounds import shown
 from sana.checkpoints.digests import hub_digest, verified
 from sana.checkpoints.foreign import read_pickle
 from sana.checkpoints.layout import read_json
-from sana.checkpoints.lora_dialects import (
+from sana.checkpoints.lora.dialects import (
     Dialect,
     Reading,
     assemble,

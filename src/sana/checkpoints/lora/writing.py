@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana.checkpoints.lora_dialects import Dialect, write_names
-from sana.checkpoints.lora_files import CONFIG_KEY, PART, bytes_of
+from sana.checkpoints.lora.dialects import Dialect, write_names
+from sana.checkpoints.lora.files import CONFIG_KEY, PART, bytes_of
 from sana.checkpoints.storage import publish, write_all
 from sana.checkpoints.tensors import DIGEST
 from sana.checkpoints.weights import is_finite

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sana.cards import CARDS, Card
-from sana.checkpoints.architecture import (
+from sana.checkpoints.bounds import shown
+from sana.checkpoints.digests import has_digest
+from sana.checkpoints.original.architecture import (
     KNOWN_BY_CARD,
     Inferred,
     infer_autoencoder,
@@ -21,9 +23,7 @@ from sana.checkpoints.architecture import (
     infer_transformer,
     kinds_of,
 )
-from sana.checkpoints.bounds import shown
-from sana.checkpoints.digests import has_digest
-from sana.checkpoints.keymap import NULL_CAPTION, POSITIONS, Keymap, Piece, join
+from sana.checkpoints.original.keymap import NULL_CAPTION, POSITIONS, Keymap, Piece, join
 from sana.checkpoints.references import card_of_file
 from sana.checkpoints.single import TensorFile, in_memory, open_single
 from sana.checkpoints.weights import on_meta, placed

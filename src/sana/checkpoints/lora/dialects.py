@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sana.checkpoints.bounds import shown
-from sana.checkpoints.keymap import transformer_keys
+from sana.checkpoints.original.keymap import transformer_keys
 from sana.errors import CheckpointError, InvalidInput
 from sana.models.lora import LowRank, Target, check_supported
 
