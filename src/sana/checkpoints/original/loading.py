@@ -95,10 +95,14 @@ def _facts_beside(path: Path) -> dict[str, Any]:
     wide = open_single(path).entries.get("x_embedder.proj.weight")
     if wide is None or wide.shape[:1] != (config.get("cross_attention_dim"),):
         return {}
-    return {name: config[name] for name in _HEADS if name in config}
+    return {name: config[name] for name in _UNSTORED if name in config}
 
 
-_HEADS = ("num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim")
+_UNSTORED = (
+    *("num_attention_heads", "attention_head_dim", "num_cross_attention_heads", "cross_attention_head_dim"),
+    *("interpolation_scale", "timestep_scale"),
+)
+"""What no tensor of an original file tells."""
 
 PARTS: dict[str, type[Any]] = {
     "transformer": SanaTransformer2DModel,
