@@ -380,5 +380,5 @@ STREAM_ROOM, STREAM_SHARE = 275_000_000, 0.254
 """Elements in use while a picture is decoded in strips: always, and of its outermost map; measured at 2048, 4096 px."""
 STREAMED_PIXELS = 2 << 20
 """From here on the decoder works in strips (`models.dc_ae`, which is not imported here: it needs torch)."""
-SHARES = {"float32": 0.9, "bfloat16": 0.5, "float16": 0.5}
+SHARES = {"float32": 0.9, "bfloat16": 0.6, "float16": 0.6}
 """What part of the speed of a large multiplication the layers reach, convolutions and small ones among them."""
