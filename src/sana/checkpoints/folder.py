@@ -74,20 +74,7 @@ def load_parts(
     listed = index_parts(root)
     known = tuple(dict.fromkeys((*COMPONENTS, *listed, *(name for name in OPTIONAL if name in components))))
     reject_unknown("from_pretrained", [name for name in components if name not in known], known)
-    for name in only or ():
-        if name not in known:
-            raise InvalidInput(f"There is no part '{name}' in {root}.{did_you_mean(name, known)}")
-    classes = {
-        name: entry[1]
-        for name, entry in listed.items()
-        if entry is not None and name not in components and (only is None or name in only)
-    }
-    for name in COMPONENTS:
-        if name not in listed and name not in components and (only is None or name in only):
-            text = f"{root / MODEL_INDEX} lists no {name}"
-            raise CheckpointError(f"{text}: copy the folder again, or pass {name}= an object, or {name}=None.")
-    for name, class_name in classes.items():
-        _check_class(name, class_name, root)
+    classes = _wanted_classes(root, listed, known, only, components)
     variants = part_variants(root, classes, variant)
     # Absent files show before any is read, those of our own models first: callers know the wording of that message.
     for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
@@ -112,6 +99,31 @@ def load_parts(
     if {"tokenizer", "text_encoder"} <= classes.keys():
         check_vocabulary(parts["tokenizer"], parts["text_encoder"], root / "tokenizer")
     return parts
+
+
+def _wanted_classes(
+    root: Path,
+    listed: Mapping[str, Any],
+    known: Collection[str],
+    only: Collection[str] | None,
+    components: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return part name -> class of what is to be loaded; errors as `load_parts`."""
+    for name in only or ():
+        if name not in known:
+            raise InvalidInput(f"There is no part '{name}' in {root}.{did_you_mean(name, known)}")
+    for name in COMPONENTS:
+        if name not in listed and name not in components and (only is None or name in only):
+            text = f"{root / MODEL_INDEX} lists no {name}"
+            raise CheckpointError(f"{text}: copy the folder again, or pass {name}= an object, or {name}=None.")
+    classes = {
+        name: str(entry[1])
+        for name, entry in listed.items()
+        if entry is not None and name not in components and (only is None or name in only)
+    }
+    for name, class_name in classes.items():
+        _check_class(name, class_name, root)
+    return classes
 
 
 def _load_weighted(

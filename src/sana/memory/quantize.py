@@ -62,14 +62,14 @@ class BitsAndBytes:
     """Linear layers by the library of that name: 8 bits, or blocks of 64 values in 4 bits."""
 
     def __init__(self, config: BitsAndBytesConfig) -> None:
-        self.config, self.library = config, _library("bitsandbytes")
+        self.config, self.package = config, _library("bitsandbytes")
         self.skip = _skip(config.llm_int8_skip_modules)
 
     def fits(self, layer: nn.Module) -> bool:
         return type(layer) is nn.Linear
 
     def filled(self, layer: nn.Module, weight: Tensor, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        modules, config = self.library.nn, self.config
+        modules, config = self.package.nn, self.config
         size: tuple[int, int] = (weight.shape[1], weight.shape[0])
         # The library quantises on the way to a device, also from the CPU to itself.
         host = weight.to("cpu", torch.float16 if config.load_in_8bit and dtype == torch.float32 else dtype).contiguous()
@@ -98,10 +98,10 @@ class TorchAo:
     """Linear layers by torchao: int8, fp8 and int4 where its kernels run."""
 
     def __init__(self, config: TorchAoConfig) -> None:
-        self.library = _library("torchao.quantization")
+        self.package = _library("torchao.quantization")
         self.kind = config.quant_type
         if isinstance(self.kind, str):
-            self.kind = getattr(self.library, TORCHAO_TYPES[self.kind])()
+            self.kind = getattr(self.package, TORCHAO_TYPES[self.kind])()
         self.skip = _skip(config.modules_to_not_convert)
 
     def fits(self, layer: nn.Module) -> bool:
@@ -113,7 +113,7 @@ class TorchAo:
         made.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
         name = type(self.kind).__name__
         try:
-            self.library.quantize_(made, self.kind)
+            self.package.quantize_(made, self.kind)
         except (ImportError, AssertionError, RuntimeError, NotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidInput(f"torchao's {name} does not run on {device} ({reason}). Choose int8wo.") from error
