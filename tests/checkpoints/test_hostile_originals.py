@@ -207,7 +207,7 @@ def test_random_shapes_are_never_a_traceback(tmp_path: Path) -> None:
     random_shapes = random.Random(3)
     for make, told in ((lambda: transformer(num_layers=1), TOLD), (lambda: small_autoencoder("f32-in"), {})):
         state = original_state(make())
-        names, refused = list(state), 0
+        names, said = list(state), list[str]()
         for _ in range(60):
             changed = dict(state)
             for name in random_shapes.sample(names, 3):
@@ -217,9 +217,9 @@ def test_random_shapes_are_never_a_traceback(tmp_path: Path) -> None:
             try:
                 load_single_file(tmp_path / "m.safetensors", **told)
             except CheckpointError as error:
-                assert "\n" not in str(error)
-                refused += 1
-        assert refused >= 55, "hardly any of these is a model"
+                said.append(str(error))
+        assert len(said) >= 55, "hardly any of these is a model"
+        assert not any("\n" in text for text in said)
 
 
 def test_many_blocks_in_a_name_take_no_memory(tmp_path: Path) -> None:
