@@ -3,7 +3,7 @@
 Shapes: B batch, C latent channels, h w latent size, T text length, E text width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -43,7 +43,7 @@ class Batches(Protocol):
         """Batch number `draw`; captions and dropout are drawn from `generator`."""
         ...
 
-    def held_out(self) -> Sequence[Batch]:
+    def held_out(self) -> Iterable[Batch]:
         """Always the same batches, which are never trained on."""
         ...
 

@@ -22,6 +22,7 @@ from sana.checkpoints.digests import verified
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.storage import publish, write_json
 from sana.checkpoints.tensors import read_tensors, write_tensors
+from sana.data.samples import BadSample
 from sana.errors import CheckpointError
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training.objectives.autoencoder import to_tensor
@@ -150,7 +151,8 @@ class DatasetFeatures:
         read = self.pictures[kind].read
         if self.folder is None:
             return self._memory.get(f"{kind}/{index}", lambda: self.encoders.picture(read(index)))
-        return self._stored(kind, index // SHARD, str(index))
+        found = self._stored(kind, index // SHARD, str(index))
+        return found if found.numel() else self.encoders.picture(read(index))
 
     def text(self, text: str) -> Tensor:
         """Features [T, E] of a text."""
@@ -170,7 +172,15 @@ class DatasetFeatures:
         span = range(number * SHARD, min((number + 1) * SHARD, self._items(kind)))
         if kind == "texts":
             return {_name(self.texts[i]): self.encoders.text(self.texts[i]) for i in span}
-        return {str(i): self.encoders.picture(self.pictures[kind].read(i)) for i in span}
+        made = {}
+        for i in span:
+            try:
+                made[str(i)] = self.encoders.picture(self.pictures[kind].read(i))
+            except BadSample:
+                made[str(i)] = torch.zeros(0)  # asking for it will say again what is wrong
+            except KeyError:
+                continue  # a sample that is not trained on
+        return made
 
     def _stored(self, kind: str, number: int, name: str) -> Tensor:
         key = f"{kind}/{name}"

@@ -6,7 +6,7 @@ An origin gives the batches, the noise shift, the encoders for previews, and wri
 import functools
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import save_parts
+from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.parts import CARD_KEY
 from sana.errors import InvalidInput
@@ -23,10 +24,12 @@ from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training import exports
 from sana.training.batches import Batch, Batches, collated
 from sana.training.config import RunSettings, build
+from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
 from sana.training.dataset_features import Encoders
 from sana.training.drawn_batches import DrawnBatches
 from sana.training.features import FeatureStore, load_text
-from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, PriorSettings, table
+from sana.training.priors import draw_missing
 from sana.training.starting import StartModel
 from sana.training.trainables import (
     ControlSettings,
@@ -91,7 +94,7 @@ class ScratchOrigin:
     def preview_batch(self) -> Batch:
         """See `Origin`."""
         encoded = PromptEncoder(*load_text(self.store.text)).encode(self.prompts, COMPLEX_HUMAN_INSTRUCTION)
-        like = self.batches.held_out()[0].latents[:1].expand(len(self.prompts), -1, -1, -1)
+        like = next(iter(self.batches.held_out())).latents[:1].expand(len(self.prompts), -1, -1, -1)
         return Batch(latents=like, embeds=encoded.embeds.to(self.device), mask=encoded.mask.to(self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -130,8 +133,34 @@ class ModelOrigin:
         self.start = StartModel(settings.start, device)
         self.control = build(ControlSettings, settings.control, "flow_matching.control")
         self.shift = settings.shift or self.start.flow_shift
-        self.batches: Batches = self._drawn()
-        self.prompts = settings.prompts or DRAWN_PROMPTS
+        self.encoders = Encoders(self.start)
+        self.batches: Batches = self._dataset() if settings.data else self._drawn()
+        shown = self.batches.first_captions(4) if isinstance(self.batches, DatasetBatches) else DRAWN_PROMPTS
+        self.prompts = settings.prompts or shown
+
+    def _dataset(self) -> Batches:
+        settings = self.settings
+        data = build(DataSettings, settings.data, "flow_matching.data")
+        side = data.size or self._side()
+        control = Control(kind=self.control.kind, dropout=self.control.dropout)
+        options: dict[str, Any] = {"batch_size": self.run.batch_size, "seed": self.run.seed, "side": side}
+        options |= {"dropout": settings.dropout, "device": self.device}
+        options["control"] = control if settings.train == "controlnet" else None
+        batches = DatasetBatches(data, self.encoders, **options)
+        prior = table(PriorSettings, settings, "prior")
+        if prior is None:
+            return batches
+        draw_missing(self.start, prior, side, self.run.seed)
+        known = DataSettings(path=prior.folder, square=True, caption=prior.prompt, features=data.features)
+        return PriorBatches(batches, DatasetBatches(known, self.encoders, **options), prior.weight)
+
+    def _side(self) -> int:
+        """The model's own size in pixels."""
+        card = self.start.card
+        if card is not None:
+            return card.base_size
+        config = read_json(self.start.folder / "transformer" / "config.json")
+        return int(config.get("sample_size", 32)) * 32
 
     def _drawn(self) -> DrawnBatches:
         settings, folder = self.settings, self.start.folder
@@ -180,11 +209,11 @@ class ModelOrigin:
 
     def preview_batch(self) -> Batch | None:
         """See `Origin`; under a control branch, with the controls of held-out samples."""
-        rows = [Encoders(self.start).text(prompt) for prompt in self.prompts]
+        rows = [self.encoders.text(prompt) for prompt in self.prompts]
         if not rows:
             return None
         embeds, mask = collated(rows)
-        like = self.batches.held_out()[0]
+        like = next(iter(self.batches.held_out()))
         which = torch.arange(len(rows)) % len(like.latents)
         return Batch(
             latents=like.latents[which],

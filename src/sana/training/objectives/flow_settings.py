@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
 from sana.training.config import build
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class DataSettings:
     """The `[flow_matching.data]` table: pictures with captions."""
 
     path: str
-    """Folder of pictures, `.tar`, or folder of tars; relative to the recipe."""
+    """Folder of pictures, `.tar`, or folder of tars."""
     size: int = 0
     """Side of the square whose area a picture is brought to, in its own aspect ratio; 0 is the model's."""
     square: bool = False
@@ -23,17 +25,30 @@ class DataSettings:
     features: str = ""
     """Folder for the encoded pictures and texts, computed before the first step; empty keeps them in memory."""
     held_out: int = 0
-    """Samples kept apart for the held-out figures; 0 looks at training samples instead."""
+    """Samples kept apart for the held-out figures; 0 looks at some that are trained on."""
     small: str = "refuse"
     """What becomes of pictures smaller than their bucket: refuse, skip or upscale."""
+    caption: str = ""
+    """Caption of pictures that have none of their own (DreamBooth's instance prompt)."""
     trigger: str = ""
     """Word put before every caption, or in the place of `[trigger]`."""
-    caption: str = ""
-    """One caption for all pictures, in place of theirs (DreamBooth's instance prompt)."""
-    least_score: float = 25.0
-    """Captions with a lower CLIP score are not drawn while there are better ones."""
+    mode: str = "auto"
+    """How one of several captions is chosen: score, weight, first, or auto (by score where there are scores)."""
+    threshold: float = 25.0
+    """CLIP score below which a caption is not drawn while there are better ones."""
     temperature: float = 0.1
-    """Of the choice among scored captions: probability in proportion to score^(1 / temperature)."""
+    """Of the choice by score: probability in proportion to score^(1 / temperature)."""
+    least_best: float = 0.0
+    """Pictures whose best caption scores lower are left out."""
+    controls: str = ""
+    """Folder of control pictures named like the pictures, for control kind map."""
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist."""
+        if self.small not in ("refuse", "skip", "upscale"):
+            raise InvalidInput(f"flow_matching.data.small is refuse, skip or upscale, but not '{self.small}'.")
+        if self.held_out < 0 or self.size < 0:
+            raise InvalidInput("flow_matching.data.held_out and .size must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +153,13 @@ class FlowMatchingSettings:
             raise InvalidInput("[flow_matching.prior] needs pictures to learn from: add [flow_matching.data].")
         if self.base_dtype != "float32" and self.train == "full":
             raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
-        for table, kind in TABLES.items():
-            if getattr(self, table):
-                build(kind, getattr(self, table), f"flow_matching.{table}")
+        tables = {name: table(kind, self, name) for name, kind in TABLES.items()}
+        controls = bool(tables["data"] and tables["data"].controls)
+        is_map = self.train == "controlnet" and tables["control"] is not None and tables["control"].kind == "map"
+        if controls != is_map:
+            raise InvalidInput('flow_matching.data.controls goes with [flow_matching.control] kind = "map".')
+        if tables["prior"] and not (tables["data"] and tables["data"].square):
+            raise InvalidInput("[flow_matching.prior] needs [flow_matching.data] square = true: one size for both.")
 
     def _check_scratch(self) -> None:
         if self.train != "full":
@@ -152,6 +171,12 @@ class FlowMatchingSettings:
         missing = [name for name in ("autoencoder", "text", "features") if not getattr(self, name)]
         if missing:
             raise InvalidInput(f"flow_matching lacks {', '.join(missing)}; add it, or a model to start from (start).")
+
+
+def table(kind: type[T], settings: FlowMatchingSettings, name: str) -> T | None:
+    """Return a table inside `[flow_matching]`, or None where it is absent."""
+    given = getattr(settings, name)
+    return build(kind, given, f"flow_matching.{name}") if given else None
 
 
 TABLES: dict[str, type[Any]] = {
