@@ -55,7 +55,7 @@ class Encoders:
     def picture(self, picture: Image.Image) -> Tensor:
         """Encode an RGB picture: [C, h, w] float32, times the scaling factor."""
         vae = self.start.autoencoder
-        tensor = to_tensor(np.asarray(picture, dtype=np.uint8)[None]).to(self.start.device)
+        tensor = to_tensor(np.array(picture, dtype=np.uint8)[None]).to(self.start.device)
         return (vae.encode(tensor)[0][0].float() * vae.config.scaling_factor).cpu()
 
     def text(self, text: str) -> Tensor:
