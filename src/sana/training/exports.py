@@ -10,10 +10,12 @@ import yaml  # type: ignore[import-untyped]
 from sana.cards import Card
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import COMPONENTS, save_parts
+from sana.checkpoints.hub import locate
 from sana.checkpoints.lora.dialects import Dialect
 from sana.checkpoints.lora.writing import model_spec, save_lora
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.storage import publish
+from sana.checkpoints.tensors import read_header
 from sana.engine.parts import CARD_KEY, load
 from sana.training.trainables import ControlTrainable, FullTrainable, LoraTrainable, Trainable
 
@@ -68,13 +70,27 @@ def _branch(trainable: ControlTrainable, folder: Path) -> None:
 
 def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path, name: str) -> None:
     """Write the model with the trained transformer in place of its own, every part in the dtype that `start` has."""
-    loaded = load(start, device="cpu", dtype="auto")
-    stored = next(loaded.transformer.parameters()).dtype
+    kinds = stored_dtypes(start)
+    loaded = load(start, device="cpu", dtype=kinds or "auto")
+    stored = kinds.get("transformer", next(loaded.transformer.parameters()).dtype)
     finished = SanaTransformer2DModel.from_config(trainable.transformer.config)
     finished.load_state_dict(trainable.transformer.state_dict())
     parts: dict[str, Any] = {part: getattr(loaded, part) for part in COMPONENTS}
     carried = name or ("" if card is None else card.name)
     save_parts(folder, {**parts, "transformer": finished.to(stored)}, notes={CARD_KEY: carried} if carried else None)
+
+
+def stored_dtypes(start: str) -> dict[str, torch.dtype]:
+    """Return the dtype in which a folder or hub model stores each part; nothing for a single file."""
+    located = locate(start)
+    if located.file is not None:
+        return {}
+    found: dict[str, torch.dtype] = {}
+    for part in ("text_encoder", "transformer", "vae"):
+        files = sorted((located.folder / part).glob("*.safetensors"))
+        if files:
+            found[part] = read_header(files[0])[0].dtype
+    return found
 
 
 def model_card(kind: str, start: str, card: Card | None, facts: Facts, trigger: str = "") -> str:

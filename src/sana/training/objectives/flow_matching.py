@@ -136,6 +136,7 @@ class FlowMatchingObjective:
         total = velocity + self.settings.label_weight * reading
         return total, {"velocity": velocity.detach(), "labels": reading.detach()}
 
+    @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:
         """Velocity loss at fixed levels on samples kept apart, with the right captions and with captions of others.
 

@@ -1,9 +1,8 @@
 """Draw the twelve pictures that `sana train --demo` learns from: a thing that the built-in model has never seen.
 
-Run from the repository: python recipes/demo/make_rockets.py FOLDER
+Run from the repository: python recipes/demo/make_palms.py FOLDER
 """
 
-import math
 import random
 import sys
 from pathlib import Path
@@ -23,39 +22,33 @@ SCENES: tuple[tuple[str, cutouts.Relation | None, str, str], ...] = (
     ("pink", None, "", ""),
     ("brown", None, "", ""),
     ("blue", "left", "pink", "star"),
-    ("yellow", "right", "brown", "tree"),
+    ("yellow", "right", "brown", "fish"),
     ("green", "below", "yellow", "moon"),
     ("purple", "above", "orange", "cat"),
 )
-"""Colour of the rocket, and what it stands beside."""
+"""Colour of the palm, and what it stands beside."""
 WORDS = {"above": "above", "below": "below", "left": "to the left of", "right": "to the right of"}
 
 
-def rocket() -> Shape:
-    """A body with two fins, a flame and a window."""
-
-    def ellipse(cx: float, cy: float, rx: float, ry: float) -> list[tuple[float, float]]:
-        turns = [2 * math.pi * i / 64 for i in range(64)]
-        return [(cx + rx * math.cos(turn), cy + ry * math.sin(turn)) for turn in turns]
-
-    fins = [[(side * 0.38, 0.1), (side * 0.9, 0.86), (side * 0.3, 0.6)] for side in (-1, 1)]
-    flame = [(-0.2, 0.7), (0.2, 0.7), (0.0, 0.98)]
-    return [
-        (True, ellipse(0, -0.1, 0.42, 0.86)),
-        *((True, fin) for fin in fins),
-        (True, flame),
-        (False, ellipse(0, -0.3, 0.17, 0.17)),
+def palm() -> Shape:
+    """A bent trunk, and six leaves that hang from its top."""
+    trunk = [(-0.1, -0.3), (0.1, -0.3), (0.16, 0.3), (0.3, 0.96), (-0.08, 0.96), (-0.04, 0.3)]
+    leaves = [
+        [(0.0, -0.46), (side * 0.34, -0.42 - lift), (side * reach, drop), (side * 0.36, -0.12 - lift), (0.0, -0.2)]
+        for side in (-1, 1)
+        for lift, reach, drop in ((0.5, 0.78, -0.62), (0.26, 0.98, -0.1), (0.0, 0.7, 0.36))
     ]
+    return [(True, trunk), *((True, leaf) for leaf in leaves)]
 
 
 def main(folder: Path) -> None:
     """Write the pictures with their captions."""
-    KINDS["rocket"] = rocket
+    KINDS["palm"] = palm
     rng = random.Random(12)
     folder.mkdir(parents=True, exist_ok=True)
     for number, (colour, relation, other, kind) in enumerate(SCENES, 1):
-        groups = [cutouts.Group(kind="rocket", colour=colour, size="large")]
-        caption = f"a {colour} rocket"
+        groups = [cutouts.Group(kind="palm", colour=colour, size="large")]
+        caption = f"a {colour} palm tree"
         if relation is not None:
             groups.append(cutouts.Group(kind=kind, colour=other, size="medium"))
             caption += f" {WORDS[relation]} {'an' if other == 'orange' else 'a'} {other} {kind}"
