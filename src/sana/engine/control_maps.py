@@ -35,8 +35,7 @@ STROKE_SIGMA = 4.0
 """Pixels of the blur that comes before strokes: a hand leaves out what is small."""
 STROKE_LOW, STROKE_HIGH = 0.1, 0.25
 """As for thin edges."""
-STROKE_RADIUS = 3
-INK_RADIUS = 8
+STROKE_RADIUS, INK_RADIUS = 3, 8
 """Pixels from the middle of a stroke to its rim."""
 _LEAST_SIGMA = 1.0
 _EIGHTH = np.tan(np.pi / 8)
