@@ -5,6 +5,16 @@ import time
 from collections.abc import Callable
 
 
+def wall_seconds(work: Callable[[], object], calls: int = 3) -> float:
+    """Return the least time that a call takes by the clock on the wall, as a measure for how long to wait for one."""
+    taken = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
 def cpu_seconds(work: Callable[[], object], enough: float = 0.0, calls: int = 5) -> float:
     """Return the least CPU time of some calls; the first that takes no more than `enough` is the last.
 
