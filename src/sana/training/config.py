@@ -18,6 +18,7 @@ from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 T = TypeVar("T")
 
 NAMES = ("adamw", "muon", "came", "adamw8bit")
+TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -36,6 +37,12 @@ class RunSettings:
     """CPU threads of this process. One is the fastest per core when anything else runs on the machine."""
     compile: bool = False
     accumulate: int = 1
+    checkpointing: bool = False
+    """Compute the inside of each block again on the way back instead of keeping it: less memory, a third slower."""
+    shard: bool = False
+    """Split weights, gradients and optimiser states over the processes (FSDP2) instead of copying them (DDP)."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it stops."""
     ema: float = 0.999
     """Decay of the averaged weights (warmed up as (1 + k) / (10 + k)); 0 switches averaging off."""
     log_every: int = 20
@@ -43,6 +50,10 @@ class RunSettings:
     evaluate_every: int = 500
     max_non_finite: int = 20
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    export: str = "last"
+    """What is exported: the last (averaged) weights, or the best by the watched figure."""
+    report: tuple[str, ...] = ()
+    """Where the log goes beside `metrics.jsonl` and `report.html`: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
@@ -51,6 +62,13 @@ class RunSettings:
                 raise InvalidInput(f"run.{name} must be at least 1, but is {getattr(self, name)}.")
         if not 0 <= self.ema < 1:
             raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
+        if self.export not in ("last", "best"):
+            raise InvalidInput(f"run.export must be last or best, but is '{self.export}'.")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidInput(f"run.timeout must be positive, but is {self.timeout}.")
+        for name in self.report:
+            if name not in TRACKERS:
+                raise InvalidInput(f"run.report may name {' and '.join(TRACKERS)}, but not '{name}'.")
         if self.precision not in ("auto", "bf16", "float32"):
             raise InvalidInput(f"run.precision must be auto, bf16 or float32, but is '{self.precision}'.")
 
