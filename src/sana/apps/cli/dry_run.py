@@ -178,10 +178,11 @@ def _card(order: Order) -> Card:
     vae = AutoencoderConfig.from_dict(_config(machine.folder, "vae"))
     base = CARDS["sana-sprint-1.6b-1024" if transformer.guidance_embeds else "sana-1.6b-1024"]
     named = CARDS.get(str(_json(machine.folder / "model_index.json").get("_sanakit_card")))
-    if named is not None and named.transformer == transformer:
-        base = named
     size = transformer.sample_size * vae.spatial_compression_ratio
     params = _params(transformer)
+    from sana.engine.model_card import at_depth
+
+    base = (at_depth(named, transformer, params) if named is not None else None) or base
     return dataclasses.replace(
         base,
         name=machine.folder.name,

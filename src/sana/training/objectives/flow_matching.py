@@ -27,7 +27,7 @@ from sana.checkpoints.folder import save_parts
 from sana.config import TransformerConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
-from sana.engine.parts import CARD_KEY
+from sana.engine.model_card import CARD_KEY
 from sana.flow.density import sample_levels
 from sana.flow.guidance import combine
 from sana.flow.samplers import flow_dpm
