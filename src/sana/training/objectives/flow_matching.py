@@ -12,10 +12,10 @@ import contextlib
 import functools
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -38,6 +38,7 @@ from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training.config import RunSettings
 from sana.training.features import Features, FeatureStore, load_text
+from sana.training.objectives.base import MAIN, trainable
 
 HELD_OUT = 256
 HELD_OUT_SIGMAS = (0.5, 0.7, 0.85, 0.95)
@@ -88,6 +89,8 @@ class FlowMatchingObjective:
     """Velocity prediction under captions of the drawn world."""
 
     name = "flow_matching"
+    turns = MAIN
+    better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
         """Compute the missing features, read them all, and build the transformer."""
@@ -157,7 +160,11 @@ class FlowMatchingObjective:
             )[0]
         return (predicted.float() - (noise - x0)).square().mean((1, 2, 3))
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """All that is not frozen."""
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw`."""
         generator = torch.Generator().manual_seed((self.run.seed << 40) + draw)
         scenes = self._indices(draw)
