@@ -171,7 +171,7 @@ class ControlSettings:
     """The `[flow_matching.control]` table of a recipe."""
 
     kind: str = "canny"
-    """What control pictures show: canny, scribble, soft-edge, ink, hed or depth; or map, where the data bring their own."""
+    """What control pictures show: canny, scribble, soft-edge, ink, hed or depth; or map, where the data bring them."""
     blocks: int = 7
     """How many of the transformer's first blocks are copied."""
     wiring: Wiring = "diffusers"
