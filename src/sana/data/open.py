@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from sana.data.folder import FolderSource
-from sana.data.samples import Dataset
+from sana.data.samples import Dataset, Finding
+from sana.data.webdataset import META, ShardSource, listed
 from sana.errors import BadData, InvalidInput, ModelNotFound
 
 
@@ -12,7 +13,7 @@ def open_source(path: str | Path, *, prompt: str = "") -> Dataset:
     """Open a data set; pictures are read later, one by one.
 
     Args:
-        path: a folder.
+        path: a folder of pictures, a tar, a folder of tars, or its `wids-meta.json`.
         prompt: caption of pictures that have none.
 
     Raises:
@@ -24,12 +25,32 @@ def open_source(path: str | Path, *, prompt: str = "") -> Dataset:
     if "://" in told or told.startswith("pipe:"):
         raise InvalidInput(f"'{told[:80]}' is no path. A data set is read from this disk only; download it first.")
     place = Path(told).expanduser()
-    if not place.exists():
+    try:
+        there = place.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         raise ModelNotFound(f"There is no file or folder {told[:200]}. Check the name.")
-    if not place.is_dir():
-        raise InvalidInput(f"{place.name} is no data set: give a folder of pictures.")
-    source = FolderSource(place, prompt=prompt)
+    source = _opened(place.parent if place.name == META else place, prompt)
     if not len(source):
         first = f" The first of {len(source.findings)} findings: {source.findings[0]}" if source.findings else ""
-        raise BadData(f"There is no picture in PNG, JPEG or WebP below {told[:200]}.{first}")
+        raise BadData(f"There is no picture in PNG, JPEG or WebP in {told[:200]}.{first}")
     return source
+
+
+def _opened(place: Path, prompt: str) -> Dataset:
+    if place.is_dir():
+        has_tars = (place / META).is_file() or any(place.glob("*.tar"))
+        if not has_tars:
+            return FolderSource(place, prompt=prompt)
+        findings: list[Finding] = []
+        shards = ShardSource(listed(place, findings), prompt=prompt)
+        shards.findings = (*findings, *shards.findings)
+        return shards
+    if place.suffix.lower() == ".tar":
+        return ShardSource([(place, place.name, None)], prompt=prompt)
+    if place.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        raise InvalidInput(
+            f"{place.name} is compressed. Unpack it to a .tar, so that samples can be read in any order."
+        )
+    raise InvalidInput(f"{place.name[:80]} is no data set: give a folder of pictures, a .tar, or a folder of tars.")

@@ -21,14 +21,17 @@ KINDS: dict[str, tuple[bool, str]] = {
     "bad-name": (True, "names that are unsafe, or used twice"),
     "bad-member": (True, "members of tars that are refused"),
     "bad-shard": (True, "tars that are empty, cut off or damaged"),
+    "lost": (True, "samples that shards should have and have not"),
     "small": (True, "pictures smaller than their bucket"),
+    "left-out": (False, "pictures left out because they are smaller than their bucket"),
+    "enlarged": (False, "pictures that are enlarged to cover their bucket"),
     "tiny": (False, "tiny pictures"),
     "long-caption": (False, "captions longer than the text encoder reads"),
     "duplicate": (False, "pictures that are there twice"),
     "similar": (False, "pictures that look the same"),
     "low-score": (False, "pictures whose captions all score low"),
     "ignored": (False, "files that are left out"),
-    "count": (False, "shards with another number of samples than told"),
+    "count": (False, "shards with more samples than told"),
 }
 """Kind of finding -> whether what it is about is broken, and what it says of several."""
 
@@ -70,6 +73,8 @@ class Finding:
     place: str
     text: str
     line: int | None = None
+    samples: int = 1
+    """How many samples it costs, if it is broken."""
 
     @property
     def is_broken(self) -> bool:
