@@ -6,7 +6,6 @@ the same on any number of processes, and after a resume.
 Shapes: see `batches`.
 """
 
-import functools
 import hashlib
 import logging
 import random
@@ -90,6 +89,7 @@ class DatasetBatches:
         self._numbers = seen
         self.order = BucketedOrder([self.buckets[i] for i in seen], batch_size, seed)
         self.features = self._features(encoders)
+        self.null: Tensor = torch.zeros(0, 0)  # until `ready`
         if prepare:
             self.ready()
 
@@ -98,7 +98,7 @@ class DatasetBatches:
         if self.features.folder is not None:
             for path, done, total in self.features.compute():
                 _log.info("features %d of %d: %s", done, total, path.name)
-        self.null: Tensor = self.features.text("").to(self.device)
+        self.null = self.features.text("").to(self.device)
 
     def batch(self, draw: int, generator: torch.Generator) -> Batch:
         """Batch number `draw`; captions are a function of (seed, draw), `generator` empties some of the controls."""
@@ -266,11 +266,7 @@ class PriorBatches:
     def __init__(self, instance: DatasetBatches, prior: DatasetBatches, weight: float) -> None:
         """Both cut all pictures to one square."""
         self.instance, self.prior, self.weight = instance, prior, weight
-
-    @functools.cached_property
-    def null(self) -> Tensor:
-        """See `Batches`."""
-        return self.instance.null
+        self.null = instance.null
 
     def batch(self, draw: int, generator: torch.Generator) -> Batch:
         """See `Batches`."""

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from sana.checkpoints.digests import verified
-from sana.checkpoints.layout import read_json
 from sana.checkpoints.storage import STAGE, publish, write_json
 from sana.checkpoints.tensors import DIGEST, opened, read_tensors, write_tensors
 from sana.data.samples import BadSample
@@ -211,6 +210,7 @@ class DatasetFeatures:
         file = self._file(kind, number)
 
         def read() -> Tensor:
+            wanted: Tensor | None
             if not file.exists():
                 raise CheckpointError(f"The feature file '{file}' is missing; compute the features again.")
             if file in self._whole:
