@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.checkpoints.digests import verified
+from sana.checkpoints.digests import hub_digest, verified
 from sana.checkpoints.storage import STAGE, publish, write_json
-from sana.checkpoints.tensors import DIGEST, opened, read_tensors, write_tensors
+from sana.checkpoints.tensors import DIGEST, digest_of, opened, read_tensors, write_tensors
 from sana.data.samples import BadSample
 from sana.errors import CheckpointError, NonFinite
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
@@ -38,8 +38,6 @@ FACTS = "features.json"
 """File in the folder of a kind that says what it holds; it appears when all the shards are there."""
 _ORPHAN_AGE = 3600.0
 """Seconds after which an unfinished file belongs to nobody: others may be computing beside this process."""
-_SAMPLES, _SAMPLE = 64, 1 << 14
-"""Pieces of a file without a digest of its own that tell it from others, and their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +58,23 @@ class Encoders:
 
     @torch.no_grad()
     def picture(self, picture: Image.Image) -> Tensor:
-        """Encode an RGB picture: [C, h, w] float32, times the scaling factor."""
+        """Encode an RGB picture: [C, h, w] float32, times the scaling factor. Errors: NonFinite."""
         vae = self.start.autoencoder
         tensor = to_tensor(np.array(picture, dtype=np.uint8)[None]).to(self.start.device)
-        return (vae.encode(tensor)[0][0].float() * vae.config.scaling_factor).cpu()
+        with torch.autocast(self.start.device.type, enabled=False):
+            latents = vae.encode(tensor)[0][0].float() * vae.config.scaling_factor
+        return _finite(latents.cpu(), "a picture", "autoencoder")
 
+    @torch.no_grad()
     def text(self, text: str) -> Tensor:
-        """Encode a caption behind the instruction: [T, E]. The empty text is encoded bare: it is the unconditional."""
+        """Encode a caption behind the instruction: [T, E]. The empty text is encoded bare: it is the unconditional.
+
+        Errors: NonFinite.
+        """
         instruction = COMPLEX_HUMAN_INSTRUCTION if text else None
-        return self.start.prompts.encode([text], instruction).embeds[0].cpu()
+        with torch.autocast(self.start.device.type, enabled=False):
+            rows = self.start.prompts.encode([text], instruction).embeds[0]
+        return _finite(rows.cpu(), f"the text {json.dumps(text)[:80]}", "text encoder")
 
 
 class _Memory:
@@ -143,9 +149,17 @@ class DatasetFeatures:
         files = [(kind, self._file(kind, number)) for kind in kinds for number in range(self._count(kind))]
         return files[share[0] - 1 :: share[1]]
 
-    def compute(self, share: tuple[int, int] = (1, 1)) -> Iterator[tuple[Path, int, int]]:
+    def span(self, kind: str, file: Path) -> range:
+        """The numbers of the pictures, or texts, in a shard."""
+        first = int(file.stem) * SHARD
+        return range(first, min(first + SHARD, self.items(kind)))
+
+    def compute(
+        self, share: tuple[int, int] = (1, 1), tell: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Path, int, int]]:
         """Compute what is missing of a share, yielding each new shard with how many there are by then, and in all.
 
+        `tell` is called before every picture and text.
         Errors: NonFinite naming the picture; OSError naming the file that could not be written.
         """
         shards = self.shards(share)
@@ -154,7 +168,7 @@ class DatasetFeatures:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target)
-            made = self._shard(kind, int(target.stem))
+            made = self._shard(kind, self.span(kind, target), tell)
             publish(target, lambda beside, made=made: write_tensors(beside, made))  # type: ignore[misc]
             yield target, done, len(shards)
         for kind in (*self.pictures, "texts"):
@@ -190,12 +204,13 @@ class DatasetFeatures:
     def _file(self, kind: str, number: int) -> Path:
         return self.place(kind) / f"{number:05d}.safetensors"
 
-    def _shard(self, kind: str, number: int) -> dict[str, Tensor]:
-        span = range(number * SHARD, min((number + 1) * SHARD, self.items(kind)))
-        if kind == "texts":
-            return {_name(self.texts[i]): self.encoders.text(self.texts[i]) for i in span}
-        made = {}
+    def _shard(self, kind: str, span: range, tell: Callable[[], object]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
         for i in span:
+            tell()
+            if kind == "texts":
+                made[_name(self.texts[i])] = self.encoders.text(self.texts[i])
+                continue
             try:
                 made[str(i)] = self.encoders.picture(self.pictures[kind].read(i))
             except BadSample:
@@ -257,24 +272,18 @@ def _sweep(target: Path) -> None:
 
 
 def _content(folder: Path) -> bytes:
-    """What tells one part of a model from another: its small files, and of its weights the digest in their header.
-
-    Weights that other programs wrote have none; of those, pieces all over the file are taken.
-    """
+    """What tells one part of a model from another: its small files and its weights."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".model"):
             digest.update(f"{file.name}\0".encode() + file.read_bytes())
         elif file.suffix == ".safetensors":
-            digest.update(f"{file.name}\0".encode() + _told_apart(file))
+            digest.update(f"{file.name}\0{_digest(file)}\0".encode())
     return digest.digest()
 
 
-def _told_apart(file: Path) -> bytes:
+def _digest(file: Path) -> str:
+    """The digest of the weights that the hub or our own header tells; other files are read."""
     with opened(file) as (stored, data):
-        own = (stored.metadata() or {}).get(DIGEST, "")
-        size, pieces = file.stat().st_size, hashlib.sha256(str(file.stat().st_size).encode())
-        for number in () if own else range(_SAMPLES + 1):
-            data.seek(max(0, (size - _SAMPLE) * number // _SAMPLES))
-            pieces.update(data.read(_SAMPLE))
-    return own.encode() or pieces.digest()
+        told = (stored.metadata() or {}).get(DIGEST) or hub_digest(file)
+        return told or str(digest_of(data))
