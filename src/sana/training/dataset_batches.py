@@ -59,10 +59,12 @@ class DatasetBatches:
         dropout: float,
         device: torch.device,
         control: Control | None = None,
+        prepare: bool = True,
     ) -> None:
         """Open the source, look at every sample, and compute the features if the settings name a folder for them.
 
-        `side` is that of the square bucket.
+        `side` is that of the square bucket. Without `prepare` nothing is computed, and there are no batches before
+        `ready`.
 
         Raises:
             BadData: more than one sample in a hundred is broken, or none is left.
@@ -87,10 +89,16 @@ class DatasetBatches:
         self._numbers = seen
         self.order = BucketedOrder([self.buckets[i] for i in seen], batch_size, seed)
         self.features = self._features(encoders)
+        self.null: Tensor = torch.zeros(0, 0)  # until `ready`
+        if prepare:
+            self.ready()
+
+    def ready(self) -> None:
+        """Compute the features that are missing from their folder, and encode the unconditional text."""
         if self.features.folder is not None:
             for path, done, total in self.features.compute():
                 _log.info("features %d of %d: %s", done, total, path.name)
-        self.null: Tensor = self.features.text("").to(device)
+        self.null = self.features.text("").to(self.device)
 
     def batch(self, draw: int, generator: torch.Generator) -> Batch:
         """Batch number `draw`; captions are a function of (seed, draw), `generator` empties some of the controls."""
@@ -218,7 +226,8 @@ class DatasetBatches:
         texts = [""]
         for sample in self.samples.values():
             texts += [triggered(caption.text, self.settings.trigger) for caption in sample.captions]
-        cuts = f"{self.side}/{self.settings.square}/{self.source.identity()}"
+        chosen = hashlib.sha256(repr(sorted(self.samples)).encode()).hexdigest()  # others have no features
+        cuts = f"{self.side}/{self.settings.square}/{chosen}/{self.source.identity()}"
         pictures = {LATENTS: Pictures(count=len(self.source), read=self.picture, identity=cuts)}
         if self.control is not None:
             read, told = self._controls(self.control)

@@ -1,13 +1,16 @@
 """Features of pictures with captions: encoded pictures, control pictures and texts, kept in memory or in shards.
 
-A picture is encoded alone and a text too, so a feature has the same bits whether it was computed before or during the
-training. Shards appear by one rename; a computation that was stopped goes on at the first shard that is missing.
+A picture is encoded alone and a text too, and never in the mixed precision of a training step, so a feature has the
+same bits whether it was computed before or during the training. Shards appear by one rename; a computation that was
+stopped goes on at the first shard that is missing, and several processes may share it.
 
 Shapes: C latent channels, h w latent size, T text length, E text width.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana.checkpoints.digests import verified
-from sana.checkpoints.layout import read_json
-from sana.checkpoints.storage import publish, write_json
-from sana.checkpoints.tensors import read_tensors, write_tensors
+from sana.checkpoints.digests import hub_digest, verified
+from sana.checkpoints.storage import STAGE, publish, write_json
+from sana.checkpoints.tensors import DIGEST, digest_of, opened, read_tensors, write_tensors
 from sana.data.samples import BadSample
-from sana.errors import CheckpointError
+from sana.errors import CheckpointError, NonFinite
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training.objectives.autoencoder import to_tensor
 from sana.training.starting import StartModel
@@ -33,6 +35,9 @@ SHARD = 128
 KEPT_BYTES = 1 << 31
 """Of features kept in memory; more are computed again, or read again."""
 FACTS = "features.json"
+"""File in the folder of a kind that says what it holds; it appears when all the shards are there."""
+_ORPHAN_AGE = 3600.0
+"""Seconds after which an unfinished file belongs to nobody: others may be computing beside this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +58,23 @@ class Encoders:
 
     @torch.no_grad()
     def picture(self, picture: Image.Image) -> Tensor:
-        """Encode an RGB picture: [C, h, w] float32, times the scaling factor."""
+        """Encode an RGB picture: [C, h, w] float32, times the scaling factor. Errors: NonFinite."""
         vae = self.start.autoencoder
         tensor = to_tensor(np.array(picture, dtype=np.uint8)[None]).to(self.start.device)
-        return (vae.encode(tensor)[0][0].float() * vae.config.scaling_factor).cpu()
+        with torch.autocast(self.start.device.type, enabled=False):
+            latents = vae.encode(tensor)[0][0].float() * vae.config.scaling_factor
+        return _finite(latents.cpu(), "a picture", "autoencoder")
 
+    @torch.no_grad()
     def text(self, text: str) -> Tensor:
-        """Encode a caption behind the instruction: [T, E]. The empty text is encoded bare: it is the unconditional."""
+        """Encode a caption behind the instruction: [T, E]. The empty text is encoded bare: it is the unconditional.
+
+        Errors: NonFinite.
+        """
         instruction = COMPLEX_HUMAN_INSTRUCTION if text else None
-        return self.start.prompts.encode([text], instruction).embeds[0].cpu()
+        with torch.autocast(self.start.device.type, enabled=False):
+            rows = self.start.prompts.encode([text], instruction).embeds[0]
+        return _finite(rows.cpu(), f"the text {json.dumps(text)[:80]}", "text encoder")
 
 
 class _Memory:
@@ -76,11 +89,14 @@ class _Memory:
             self._kept.move_to_end(key)
             return self._kept[key]
         made = make()
-        self._kept[key] = made
-        self._bytes += made.nbytes
+        self.keep(key, made)
+        return made
+
+    def keep(self, key: str, tensor: Tensor) -> None:
+        self._bytes += tensor.nbytes - (self._kept.pop(key).nbytes if key in self._kept else 0)
+        self._kept[key] = tensor
         while self._bytes > self._limit and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return made
 
 
 class DatasetFeatures:
@@ -104,6 +120,7 @@ class DatasetFeatures:
         self._memory = _Memory()
         self._shards = {text: number // SHARD for number, text in enumerate(self.texts)}
         self._identities: dict[str, str] = {}
+        self._whole: set[Path] = set()
 
     def identity(self, kind: str) -> str:
         """What decides the features of a kind: the encoder's weights and what is encoded."""
@@ -111,12 +128,12 @@ class DatasetFeatures:
             folder = self.encoders.start.folder
             digest = hashlib.sha256()
             if kind == "texts":
-                digest.update(_weights(folder / "text_encoder"))
-                digest.update((folder / "tokenizer" / "tokenizer.json").read_bytes())
+                digest.update(_content(folder / "text_encoder"))
+                digest.update(_content(folder / "tokenizer"))
+                digest.update(str(self.encoders.start.text_dtype).encode())
                 digest.update("\0".join((*COMPLEX_HUMAN_INSTRUCTION, *self.texts)).encode())
             else:
-                digest.update(_weights(folder / "vae"))
-                digest.update(str(read_json(folder / "vae" / "config.json").get("scaling_factor")).encode())
+                digest.update(_content(folder / "vae"))
                 digest.update(self.pictures[kind].identity.encode())
             self._identities[kind] = digest.hexdigest()[:16]
         return self._identities[kind]
@@ -126,24 +143,39 @@ class DatasetFeatures:
         assert self.folder is not None
         return self.folder / f"{kind}-{self.identity(kind)}"
 
-    def compute(self) -> Iterator[tuple[Path, int, int]]:
-        """Compute what is missing, yielding each new shard with how many there are by then, and in all.
+    def shards(self, share: tuple[int, int] = (1, 1)) -> list[tuple[str, Path]]:
+        """The kind and file of every shard, or of share `share[0]` (from 1) of `share[1]` equal ones."""
+        kinds = (*self.pictures, "texts")
+        files = [(kind, self._file(kind, number)) for kind in kinds for number in range(self._count(kind))]
+        return files[share[0] - 1 :: share[1]]
 
-        Errors: those of the pictures; OSError naming the file that could not be written.
+    def span(self, kind: str, file: Path) -> range:
+        """The numbers of the pictures, or texts, in a shard."""
+        first = int(file.stem) * SHARD
+        return range(first, min(first + SHARD, self.items(kind)))
+
+    def compute(
+        self, share: tuple[int, int] = (1, 1), tell: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[Path, int, int]]:
+        """Compute what is missing of a share, yielding each new shard with how many there are by then, and in all.
+
+        `tell` is called before every picture and text.
+        Errors: NonFinite naming the picture; OSError naming the file that could not be written.
         """
-        jobs = [(kind, number) for kind in (*self.pictures, "texts") for number in range(self._count(kind))]
-        for done, (kind, number) in enumerate(jobs, 1):
-            target = self.place(kind) / f"{number:05d}.safetensors"
+        shards = self.shards(share)
+        for done, (kind, target) in enumerate(shards, 1):
             if target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            made = self._shard(kind, number)
+            _sweep(target)
+            made = self._shard(kind, self.span(kind, target), tell)
             publish(target, lambda beside, made=made: write_tensors(beside, made))  # type: ignore[misc]
-            yield target, done, len(jobs)
+            yield target, done, len(shards)
         for kind in (*self.pictures, "texts"):
-            told = {"kind": kind, "items": self._items(kind), "shard": SHARD, "identity": self.identity(kind)}
-            self.place(kind).mkdir(parents=True, exist_ok=True)
-            write_json(self.place(kind) / FACTS, told)
+            if all(file.exists() for of, file in self.shards() if of == kind):
+                told = {"kind": kind, "items": self.items(kind), "shard": SHARD, "identity": self.identity(kind)}
+                self.place(kind).mkdir(parents=True, exist_ok=True)
+                write_json(self.place(kind) / FACTS, told)
         self.encoders.start.release()
 
     def picture(self, kind: str, index: int) -> Tensor:
@@ -162,58 +194,96 @@ class DatasetFeatures:
             raise CheckpointError(f"The features in '{self.folder}' lack the text {json.dumps(text)[:80]}.")
         return self._stored("texts", self._shards[text], _name(text))
 
-    def _items(self, kind: str) -> int:
+    def items(self, kind: str) -> int:
+        """The number of pictures of a kind, or of texts."""
         return len(self.texts) if kind == "texts" else self.pictures[kind].count
 
     def _count(self, kind: str) -> int:
-        return -(-self._items(kind) // SHARD)
+        return -(-self.items(kind) // SHARD)
 
-    def _shard(self, kind: str, number: int) -> dict[str, Tensor]:
-        span = range(number * SHARD, min((number + 1) * SHARD, self._items(kind)))
-        if kind == "texts":
-            return {_name(self.texts[i]): self.encoders.text(self.texts[i]) for i in span}
-        made = {}
+    def _file(self, kind: str, number: int) -> Path:
+        return self.place(kind) / f"{number:05d}.safetensors"
+
+    def _shard(self, kind: str, span: range, tell: Callable[[], object]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
         for i in span:
+            tell()
+            if kind == "texts":
+                made[_name(self.texts[i])] = self.encoders.text(self.texts[i])
+                continue
             try:
                 made[str(i)] = self.encoders.picture(self.pictures[kind].read(i))
             except BadSample:
                 made[str(i)] = torch.zeros(0)  # asking for it will say again what is wrong
             except KeyError:
                 continue  # a sample that is not trained on
+            except NonFinite as error:
+                raise NonFinite(f"{kind} of picture {i}: {error}") from error
         return made
 
     def _stored(self, kind: str, number: int, name: str) -> Tensor:
-        key = f"{kind}/{name}"
+        file = self._file(kind, number)
 
         def read() -> Tensor:
-            file = self.place(kind) / f"{number:05d}.safetensors"
+            wanted: Tensor | None
             if not file.exists():
                 raise CheckpointError(f"The feature file '{file}' is missing; compute the features again.")
-            wanted: Tensor | None = None
-            with verified([file]):
-                for found, tensor in read_tensors(file):
-                    if found == name:
-                        wanted = tensor
-                    else:  # its neighbours will be asked for soon
-                        self._memory.get(f"{kind}/{found}", lambda tensor=tensor: tensor)  # type: ignore[misc]
+            if file in self._whole:
+                with opened(file) as (stored, _):
+                    wanted = stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118, no mapping
+            else:
+                wanted = self._first_reading(kind, file).get(name)
             if wanted is None:
                 raise CheckpointError(f"'{file}' is not whole: it lacks {name}. Remove it and compute it again.")
             return wanted
 
-        return self._memory.get(key, read)
+        return self._memory.get(f"{kind}/{name}", read)
+
+    def _first_reading(self, kind: str, file: Path) -> dict[str, Tensor]:
+        """Read a shard whole, hold it to its digest, and keep it: its neighbours are likely to be asked for soon."""
+        try:
+            with verified([file]):
+                found = dict(read_tensors(file))
+        except CheckpointError as error:
+            told = "Remove it and run `sana dataset features` or the training again, which computes it anew."
+            raise CheckpointError(f"The feature file '{file}' is damaged ({str(error)[:200]}) {told}") from error
+        for name, tensor in found.items():
+            self._memory.keep(f"{kind}/{name}", tensor)
+        self._whole.add(file)
+        return found
 
 
 def _name(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _weights(folder: Path) -> bytes:
-    """What tells weights apart: names and sizes of their files, and the digests that are in them."""
+def _finite(tensor: Tensor, what: str, encoder: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NonFinite(f"The {encoder} made NaN or infinity of {what}. Use another model, or leave it out.")
+    return tensor
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a killed process left of this file."""
+    for orphan in target.parent.glob(f".{target.name}{STAGE}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - orphan.stat().st_mtime > _ORPHAN_AGE:
+                orphan.unlink()
+
+
+def _content(folder: Path) -> bytes:
+    """What tells one part of a model from another: its small files and its weights."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as content:
-            head = content.read(8)
-            digest.update(file.name.encode() + head + content.read(min(int.from_bytes(head, "little"), 1 << 24)))
-            content.seek(-min(file.stat().st_size, 1 << 16), 2)
-            digest.update(content.read())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".model"):
+            digest.update(f"{file.name}\0".encode() + file.read_bytes())
+        elif file.suffix == ".safetensors":
+            digest.update(f"{file.name}\0{_digest(file)}\0".encode())
     return digest.digest()
+
+
+def _digest(file: Path) -> str:
+    """The digest of the weights that the hub or our own header tells; other files are read."""
+    with opened(file) as (stored, data):
+        told = (stored.metadata() or {}).get(DIGEST) or hub_digest(file)
+        return told or str(digest_of(data))

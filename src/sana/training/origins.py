@@ -122,14 +122,16 @@ class ScratchOrigin:
 class ModelOrigin:
     """A model, its encoders, and pictures with captions or the drawn world."""
 
-    def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
-        """Open the data and load the transformer; features that the settings name are computed first.
+    def __init__(
+        self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device, *, prepare: bool = True
+    ) -> None:
+        """Open the data; features that the settings name are computed first, unless `prepare` is off.
 
         Raises:
             ModelNotFound, CheckpointError: the model is not to be had, or broken.
             InvalidInput: the settings do not fit the model or the data.
         """
-        self.settings, self.run, self.device = settings, run, device
+        self.settings, self.run, self.device, self._prepare = settings, run, device, prepare
         self.start = StartModel(settings.start, device)
         self.control = build(ControlSettings, settings.control, "flow_matching.control")
         self.shift = settings.shift or self.start.flow_shift
@@ -144,7 +146,7 @@ class ModelOrigin:
         side = data.size or self._side()
         control = Control(kind=self.control.kind, dropout=self.control.dropout)
         options: dict[str, Any] = {"batch_size": self.run.batch_size, "seed": self.run.seed, "side": side}
-        options |= {"dropout": settings.dropout, "device": self.device}
+        options |= {"dropout": settings.dropout, "device": self.device, "prepare": self._prepare}
         options["control"] = control if settings.train == "controlnet" else None
         batches = DatasetBatches(data, self.encoders, **options)
         prior = table(PriorSettings, settings, "prior")

@@ -69,6 +69,11 @@ class StartModel:
         changed.load_state_dict(state)
         return changed.to(self.device, dtype).train()
 
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """How the text encoder is held."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
     @functools.cached_property
     def autoencoder(self) -> AutoencoderDC:
         """The autoencoder in float32, frozen."""
@@ -80,8 +85,7 @@ class StartModel:
     @functools.cached_property
     def prompts(self) -> PromptEncoder:
         """The text encoder; one prompt at a time, so that a text has the same bits in every company."""
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        parts = self.parts("text_encoder", "tokenizer", dtype={"text_encoder": dtype})
+        parts = self.parts("text_encoder", "tokenizer", dtype={"text_encoder": self.text_dtype})
         if parts.text_encoder is None or parts.tokenizer is None:
             raise CheckpointError(f"{self.name} has no text encoder; start from a whole model.")
         parts.text_encoder.requires_grad_(False)

@@ -181,5 +181,6 @@ VERBS = {
     "doctor": Verb("sana.apps.cli.verbs.doctor", "check this computer, and say how to mend what is amiss"),
     "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),
     "train": Verb("sana.apps.cli.verbs.train", "train from recipes; goes on where it was stopped"),
+    "dataset": Verb("sana.apps.cli.verbs.dataset", "caption pictures, score captions, encode both before a training"),
     "evaluate": Verb("sana.apps.cli.verbs.evaluate", "measure a model and print the table"),
 }

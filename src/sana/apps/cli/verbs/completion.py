@@ -200,6 +200,12 @@ def fish(verbs: dict[str, Page]) -> str:
     return "\n".join(lines)
 
 
+def _dataset_tasks() -> Sequence[str]:
+    from sana.apps.cli.verbs.dataset import TASKS
+
+    return tuple(TASKS)
+
+
 def _metrics() -> Sequence[str]:
     from sana.evaluation.runner import METRICS
 
@@ -217,6 +223,7 @@ WORDS = {
     "convert": Words(files="*"),
     "lora": Words(files="*"),
     "train": Words(files=".toml"),
+    "dataset": Words(choices=_dataset_tasks),
     "evaluate": Words(choices=_metrics),
     "completion": Words(choices=lambda: tuple(SCRIPTS)),
 }
