@@ -161,15 +161,19 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _override(tables: dict[str, Any], key: str, text: str) -> None:
-    """Set `table.key` from its TOML spelling; a bare word counts as a string."""
-    table, _, name = key.partition(".")
-    if not name:
-        raise InvalidInput(f"An override is named table.key, for example run.steps; '{key}' has no dot.")
+    """Set `table.key`, or a key of a table inside, from its TOML spelling; a bare word counts as a string."""
+    *path, name = key.split(".")
+    if not path or not all((*path, name)):
+        raise InvalidInput(f"An override is named table.key, for example run.steps; '{key}' is not.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    tables.setdefault(table, {})[name] = value
+    for part in path:
+        tables = tables.setdefault(part, {})
+        if not isinstance(tables, dict):
+            raise InvalidInput(f"The override {key} goes into '{part}', which is no table.")
+    tables[name] = value
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -83,7 +83,7 @@ def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path
 
 def stored_dtypes(start: str) -> dict[str, torch.dtype]:
     """Return the dtype in which a folder or hub model stores each part; nothing for a single file."""
-    located = locate(start)
+    located = locate(start, single=True)
     if located.file is not None:
         return {}
     found: dict[str, torch.dtype] = {}
