@@ -107,6 +107,11 @@ class ShardSource:
         suffix = _picture(entry.members)
         return read_member(self._shards[entry.shard], entry.members[suffix]), f".{suffix}"
 
+    def shard(self, index: int) -> tuple[Path, str]:
+        """Return the tar that a sample is in, and its key there."""
+        entry = self._entries[index]
+        return self._shards[entry.shard].path, entry.key
+
     def identity(self) -> str:
         """Return the digest over keys, captions, sizes and both ends of all pictures."""
         self._identity = self._identity or self._digest()
