@@ -1,4 +1,4 @@
-"""When a module may take a faster way that is only right in plain inference on a CPU."""
+"""When a module may take a faster way that is only right on a CPU, in plain inference or in plain training."""
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,18 @@ def lean(x: Tensor) -> bool:
 def inference(x: Tensor) -> bool:
     """Whether `x` is computed on a CPU without gradients or autocast, be it step by step or compiled."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether gradients of these will be asked for on a CPU, in plain reverse mode, so they may be written by hand."""
+    return (
+        torch.is_grad_enabled()
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and any(tensor.requires_grad for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:
