@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.nn.caption_attention import caption_attention
+from sana.nn.inference import as_autocast
 from sana.nn.linear_attention import linear_attention
 from sana.nn.norms import RMSNorm
 
@@ -33,14 +34,6 @@ def head_norm(kind: str | None, dim: int) -> nn.Module | None:
     if kind == "rms_norm_across_heads":
         return RMSNorm(dim, eps=NORM_EPS)
     return nn.LayerNorm(dim, eps=NORM_EPS) if kind == "layer_norm_across_heads" else L2Norm()
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    # Several projections read the same x: under autocast each of them would convert it again.
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def text_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,7 +68,7 @@ class LinearSelfAttention(nn.Module):
         With `split` the passing rows are a copy of the last ones, and come out behind them: B rows in, B + `passing`
         out. Source: the identity attention of perturbed-attention guidance, arXiv 2403.17377, eq. 14.
         """
-        x = _as_autocast(x_BND)
+        x = as_autocast(x_BND)
         v = self.to_v(x)
         attending = len(x) if split else len(x) - passing
         groups = [self._mix(x[:attending], v[:attending])] if attending else []
@@ -113,7 +106,7 @@ class CrossAttention(nn.Module):
 
     def key_value(self, caption_BTD: Tensor) -> KeyValue:
         """Project the caption: [B, T, D] -> keys and values [B, A, T, K]."""
-        caption = _as_autocast(caption_BTD)
+        caption = as_autocast(caption_BTD)
         k, v = self.to_k(caption), self.to_v(caption)
         if self.norm_k is not None:
             k = self.norm_k(k).to(v.dtype)  # under autocast a norm answers in float32
@@ -121,7 +114,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, kv: KeyValue, bias_B11T: Tensor | None) -> Tensor:
         """Read the caption with the tokens as queries: [B, N, D] -> [B, N, D]."""
-        q = self.to_q(x_BND)
+        q = self.to_q(as_autocast(x_BND))
         if self.norm_q is not None:
             q = self.norm_q(q).to(kv[1].dtype)
         mixed = caption_attention(self._split(q), kv[0], kv[1], bias_B11T)

@@ -26,6 +26,17 @@ def learning(*tensors: Tensor) -> bool:
     )
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of autocast on a kind of device, or None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return `x` in the dtype of autocast, if it is on: each of several layers would convert the same `x` again."""
+    return x.to(autocast_dtype(x.device.type) or x.dtype)
+
+
 def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:
     """Whether using the layers' weights is the same as calling them: plain linear or convolution layers of this dtype.
 

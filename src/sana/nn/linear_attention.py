@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sana.nn.inference import learning
+from sana.nn.rows import rows_of_strip
 
 # The epsilon inside the published linear attention: it only decides that a query without positive part gives 0.
 LINEAR_EPS = 1e-15
@@ -63,24 +64,30 @@ class _LinearAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BNAK: Tensor) -> tuple[Tensor, ...]:
         given = ctx.saved_tensors
+        slopes = tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in given)
+        # The float32 copies of a few heads fit into the cache, and their memory is used again for the next.
+        step = rows_of_strip(4 * grad_BNAK.shape[3] * grad_BNAK.shape[:2].numel(), torch.float32)
+        parts = zip(*(torch.split(one, step, dim=2) for one in (*given, grad_BNAK, *slopes)), strict=True)
         with no_autocast(grad_BNAK.device.type):
-            q, k, v = _by_head(given[0]).relu_(), _by_head(given[1]).relu_(), _by_head(given[2])
-            summary = _summary(k, v)
-            out = q @ summary
-            weight = out[..., -1:] + LINEAR_EPS
-            # The slope of [values, weights] before the division, [B, A, N, K + 1].
-            slope = torch.empty_like(out)
-            values = torch.div(_by_head(grad_BNAK), weight, out=slope[..., :-1])
-            torch.div((values * out[..., :-1]).sum(-1, keepdim=True).neg_(), weight, out=slope[..., -1:])
-            of_q = slope @ summary.mT
-            of_summary = q.mT @ slope
-            of_v = k @ of_summary[..., :-1]
-            of_k = torch.add(v @ of_summary[..., :-1].mT, of_summary[..., -1:].mT)
-            slopes = (_where_positive(of_q, q), _where_positive(of_k, k), of_v)
-            return tuple(
-                part.transpose(1, 2).to(like.dtype, memory_format=torch.contiguous_format)
-                for part, like in zip(slopes, given, strict=True)
-            )
+            for q, k, v, grad, *places in parts:
+                for place, slope in zip(places, _slopes(q, k, v, grad), strict=True):
+                    place.copy_(slope.transpose(1, 2))
+        return slopes
+
+
+def _slopes(q_BNAK: Tensor, k_BNAK: Tensor, v_BNAK: Tensor, grad_BNAK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values, by head: [B, A, N, K] each, in float32 at least."""
+    q, k, v = _by_head(q_BNAK).relu_(), _by_head(k_BNAK).relu_(), _by_head(v_BNAK)
+    summary = _summary(k, v)
+    out = q @ summary
+    weight = out[..., -1:] + LINEAR_EPS
+    # The slope of [values, weights] before the division, [B, A, N, K + 1].
+    slope = torch.empty_like(out)
+    values = torch.div(_by_head(grad_BNAK), weight, out=slope[..., :-1])
+    torch.div((values * out[..., :-1]).sum(-1, keepdim=True).neg_(), weight, out=slope[..., -1:])
+    of_summary = q.mT @ slope
+    of_k = torch.add(v @ of_summary[..., :-1].mT, of_summary[..., -1:].mT)
+    return _where_positive(slope @ summary.mT, q), _where_positive(of_k, k), k @ of_summary[..., :-1]
 
 
 def _where_positive(grad: Tensor, activated: Tensor) -> Tensor:

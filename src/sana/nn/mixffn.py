@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.nn.inference import bare, inference, learning
+from sana.nn.inference import autocast_dtype, bare, inference, learning
 from sana.nn.mixffn_gradient import MixRows
 from sana.nn.norms import ChannelRMSNorm
 
@@ -61,12 +61,12 @@ class GLUMBConv(nn.Module):
         return (
             learning(x, *self.parameters())
             and x.is_contiguous(memory_format=torch.channels_last)
-            and (x.dtype == self.conv_inverted.weight.dtype or torch.is_autocast_enabled("cpu"))
+            and (x.dtype == self.conv_inverted.weight.dtype or autocast_dtype("cpu") is not None)
             and bare(self.conv_inverted.weight.dtype, self.conv_inverted, self.conv_depth, self.conv_point)
         )
 
     def _learn_rows(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = autocast_dtype("cpu") or x.dtype
         layers = (self.conv_inverted, self.conv_depth)
         weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         ranges = slices(self.conv_point.in_channels, dtype)

@@ -67,7 +67,7 @@ class MixRows(torch.autograd.Function):
             of_gated = of_out @ point.to(dtype).flatten(1)
             slopes, gated = _through_gate(of_gated, mixed, ranges)
             if wanted[5]:
-                of_point = weight_gradient(of_out, _joined(gated)).to(point.dtype).view_as(point)
+                of_point = _weight_gradient(of_out, _joined(gated), point.dtype).view_as(point)
             if wanted[3]:
                 of_depth = torch.cat(
                     [_kernel_gradient(s, F.silu(a), grad) for s, a in zip(slopes, narrow, strict=True)]
@@ -80,7 +80,7 @@ class MixRows(torch.autograd.Function):
                 back = _depthwise(slope, turned[slice(*part)], None, grad)
                 torch.ops.aten.silu_backward(back, one, grad_input=before[:, slice(*part)])
             if wanted[1]:
-                of_expand = weight_gradient(before, rows).to(expand.dtype).view_as(expand)
+                of_expand = _weight_gradient(before, rows, expand.dtype).view_as(expand)
             if wanted[2]:
                 of_expand_bias = before.sum(0).to(ctx.dtypes[1])
             if wanted[0]:
@@ -88,14 +88,14 @@ class MixRows(torch.autograd.Function):
         return of_x, of_expand, of_expand_bias, of_depth, of_depth_bias, of_point, None, None
 
 
-def weight_gradient(of_out: Tensor, rows: Tensor) -> Tensor:
+def _weight_gradient(of_out: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the gradient of a matrix [O, I] from those of its results [M, O] and its inputs [M, I].
 
     The product is faster after the narrower of the two has been reordered.
     """
     if rows.shape[1] < of_out.shape[1]:
-        return (rows.t().contiguous() @ of_out).t().contiguous()
-    return of_out.t().contiguous() @ rows
+        return (rows.t().contiguous() @ of_out).t().to(dtype, memory_format=torch.contiguous_format)
+    return (of_out.t().contiguous() @ rows).to(dtype)
 
 
 def _through_gate(
