@@ -66,7 +66,7 @@ def test_a_wrong_recipe_is_one_clear_sentence(tmp_path: Path, text: str, words: 
 def test_a_missing_recipe_and_a_dotless_override_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         load_recipe(tmp_path / "nowhere.toml")
-    with pytest.raises(InvalidInput, match="named table.key, for example run.steps"):
+    with pytest.raises(InvalidInput, match=r"named table\.key, for example run\.steps"):
         load_recipe(RECIPES[0], {"steps": "3"})
 
 

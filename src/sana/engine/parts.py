@@ -21,7 +21,7 @@ from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint
 from sana.engine.model_card import card_in, fitting
 from sana.engine.placement import WEIGHTED, Placement, modules_of, offload, pick_device, spread
-from sana.engine.sparing import check_memory, sparing
+from sana.engine.sparing import Plan, check_memory, sparing
 from sana.errors import CheckpointError, InvalidInput
 from sana.memory.quantize import noted, quantize
 from sana.memory.quantize_configs import for_parts, name_of
@@ -238,6 +238,7 @@ def load(
     quantization_config: Any = None,
     memory: str | None = None,
     max_memory: int | None = None,
+    plan: Plan | None = None,
     **components: Any,
 ) -> Parts:
     """Load a model by short name, folder, hub id, or one file of the original layout.
@@ -251,8 +252,9 @@ def load(
             (as stored), or a mapping from part names.
         quantization_config: see `memory.quantize_configs`: one for transformer and text encoder, or by part names.
         memory: None has all parts on the device all the time, "low" and "lowest" save memory (see `placement`), "auto"
-            takes the first of these that fits into the free memory.
+            takes the first of these with which `plan` fits into the free memory.
         max_memory: bytes of the device that "auto" may count on, in place of what is free.
+        plan: what "auto" is to make room for; None means one picture of the model's own size.
         components: parts taken as they are instead of being loaded.
 
     Raises:
@@ -260,7 +262,7 @@ def load(
         CheckpointError: the files are damaged or describe something else.
         InvalidInput: an argument is unknown or impossible.
     """
-    check_memory(memory, max_memory)
+    check_memory(memory, max_memory, plan)
     places = spread(device, (*COMPONENTS, *OPTIONAL))
     where: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     located = hub.locate(
@@ -274,7 +276,7 @@ def load(
         **where,
     )
     if located.file is not None:
-        more = {"memory": memory, "max_memory": max_memory, "quantization_config": quantization_config}
+        more = {"memory": memory, "max_memory": max_memory, "plan": plan, "quantization_config": quantization_config}
         return _from_file(located, device, dtype, components, {**where, **more})
     card = located.card or card_in(located.folder)
     files: dict[str, Any] = {"variant": located.variant, "use_safetensors": use_safetensors}
@@ -290,7 +292,7 @@ def load(
             commit=located.commit,
         )
 
-    return read(places) if memory is None else sparing(read, memory, max_memory, places)
+    return read(places) if memory is None else sparing(read, memory, max_memory, places, plan)
 
 
 def _from_file(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.apps.cli import cache
+from sana.apps.cli.controlnets import card_of
 from sana.apps.cli.machine import SMALL_MODEL
 from sana.apps.cli.order import Order
 from sana.apps.cli.output import Terminal, duration, printable
@@ -42,7 +43,7 @@ def tell(order: Order, terminal: Terminal) -> int:
         "fits": sizing.fits,
         "nearest_that_fits": None if nearest is None else {"flags": nearest[0], "memory_bytes": nearest[1]},
         "free_memory_bytes": sizing.limit,
-        "download_bytes": _to_download(card),
+        "download_bytes": _to_download(card) + _network_to_download(order),
         "free_disk_bytes": cache.free_bytes(order.files[0].parent),
         "free_cache_bytes": cache.free_bytes(cache.folder()),
     }
@@ -230,3 +231,14 @@ def _json(path: Path) -> dict[str, Any]:
 def _to_download(card: Card) -> int:
     state = cache.cached(card)
     return 0 if state.complete else max(cache.download_size(card) - state.size, 0)
+
+
+def _network_to_download(order: Order) -> int:
+    """Return how many bytes of a control network beside the model are not here."""
+    name = order.machine.controlnet
+    card = card_of(name) if name is not None else None
+    if card is None:
+        return 0
+    own = ("controlnet", "transformer") if card.is_single_file else ("controlnet",)  # one file has both
+    state = cache.cached(card, own)
+    return 0 if state.complete else max(cache.download_size(card, own) - state.size, 0)
