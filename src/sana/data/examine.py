@@ -34,12 +34,14 @@ class Wanted:
 
 
 class Seen(NamedTuple):
-    """What was found about one sample: `sample` is None when it cannot be used."""
+    """What was found about one sample: `sample` is None when it is broken."""
 
     number: int
     sample: Sample | None
     bucket: Bucket | None
     findings: tuple[Finding, ...]
+    is_used: bool = True
+    """Whether a run draws it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ def examine(source: Dataset, wanted: Wanted | None = None) -> Iterator[Seen]:
         try:
             sample = source.sample(index)
         except BadSample as error:
-            yield Seen(index, None, None, (error.finding,))
+            yield Seen(index, None, None, (error.finding,), False)
             continue
         for caption in sample.captions:
             if PLACEHOLDER in caption.text:
@@ -93,7 +95,7 @@ def survey(source: Dataset, wanted: Wanted | None = None, *, tolerance: float = 
     findings = list(source.findings)
     for seen in examine(source, wanted):
         findings += seen.findings
-        if seen.sample is not None:
+        if seen.sample is not None and seen.is_used:
             indices += [seen.number] * seen.sample.repeats
             buckets += [seen.bucket] * seen.sample.repeats
     total = len(source) + sum(finding.samples for finding in source.findings if finding.is_broken)
@@ -126,7 +128,7 @@ def _judged(index: int, sample: Sample, wanted: Wanted) -> Seen:
     size = f"{sample.width} x {sample.height}"
     if not is_wanted(sample.captions, wanted.choice):
         text = f"No caption scores {wanted.choice.least_best:g} or more. The picture is left out."
-        return Seen(index, None, None, (Finding(kind="low-score", place=sample.place, text=text),))
+        return Seen(index, sample, None, (Finding(kind="low-score", place=sample.place, text=text),), False)
     if min(sample.width, sample.height) < TINY:
         findings.append(Finding(kind="tiny", place=sample.place, text=f"The picture has {size} pixels only."))
     if wanted.base is None:
@@ -137,9 +139,11 @@ def _judged(index: int, sample: Sample, wanted: Wanted) -> Seen:
         return Seen(index, sample, bucket, tuple(findings))
     told = f"{size} pixels do not cover the bucket of {bucket[1]} x {bucket[0]}"
     if wanted.small == "refuse":
-        return Seen(index, None, bucket, (*findings, Finding(kind="small", place=sample.place, text=f"{told}.")))
+        found = Finding(kind="small", place=sample.place, text=f"{told}.")
+        return Seen(index, sample, bucket, (*findings, found), False)
     if wanted.small == "skip":
         text = f"{told}. The picture is left out."
-        return Seen(index, None, bucket, (*findings, Finding(kind="left-out", place=sample.place, text=text)))
+        found = Finding(kind="left-out", place=sample.place, text=text)
+        return Seen(index, sample, bucket, (*findings, found), False)
     text = f"{told}. The picture is enlarged {larger:.2f} times."
     return Seen(index, sample, bucket, (*findings, Finding(kind="enlarged", place=sample.place, text=text)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sana.data.pictures import picture_size, read_picture
+from sana.data.pictures import MAX_BYTES, picture_size, read_picture
 from sana.data.samples import BadSample, Caption, Finding, Sample
 from sana.data.texts import MAX_JSON, captions_of, json_lines, one_line, parse_json
 from sana.errors import BadData, SanaError
@@ -104,6 +104,11 @@ class FolderSource:
             return read_picture(self.folder / path, "picture")
         except SanaError as error:
             raise BadSample(Finding(kind="unreadable", place=path, text=str(error))) from None
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """Return a picture as it is stored, and the suffix of its format. Raises BadSample."""
+        path = self._entries[index].path
+        return _read(self.folder / path, path, MAX_BYTES), PurePosixPath(path).suffix.lower()
 
     def file(self, index: int) -> Path:
         """Return the path of a picture."""

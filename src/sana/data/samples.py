@@ -121,3 +121,7 @@ class Dataset(Source, Protocol):
     def findings(self) -> Sequence[Finding]:
         """What was seen amiss when it was opened; what it is about is not among the samples."""
         ...
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """Return a picture as it is stored, and the suffix of its format. Raises BadSample."""
+        ...

@@ -34,6 +34,7 @@ _KINDS = {
     b"S": "a sparse file",
     b"M": "a part of a file",
 }
+_COMPRESSED = (b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ", b"(\xb5/\xfd", b"PK\x03\x04")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 EXECUTED = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "bin", "ckpt", "py")
 """Suffixes whose members some readers run as a program, or may."""
@@ -206,6 +207,8 @@ class _Walk:
 
     def _fault(self, block: bytes) -> str:
         """Return what is wrong with a header as such."""
+        if not self.headers and block.startswith(_COMPRESSED):
+            return "It is compressed; unpack it, so that samples can be read in any order."
         if len(block) < BLOCK:
             return "The tar is cut off within a header."
         if self.headers > MAX_MEMBERS:
@@ -215,11 +218,7 @@ class _Walk:
         signed = plain - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
         if told in (plain, signed):
             return ""
-        if self.headers:
-            return "The header of a member is damaged."
-        if block.startswith((b"\x1f\x8b", b"BZh", b"\xfd7z", b"(\xb5/\xfd", b"PK")):
-            return "It is compressed; unpack it, so that samples can be read in any order."
-        return "It is no tar."
+        return "The header of a member is damaged." if self.headers else "It is no tar."
 
     def _member(self, block: bytes, kind: bytes, size: int) -> Member | None:
         """Return a member if it may be read, and go behind it."""
@@ -313,7 +312,7 @@ def _told_size(told: dict[str, str], size: int) -> int:
 
 
 def _size(block: bytes) -> int | None:
-    field_ = block[124:136]
+    field_ = block[124:136] or b"0"  # of a header that is cut off, which is told as such
     if field_[0] & 0x80:  # in base 256, of GNU
         return None if field_[0] & 0x40 else int.from_bytes(field_[1:], "big")
     return _octal(field_)

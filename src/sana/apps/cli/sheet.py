@@ -91,11 +91,11 @@ class Sheet:
         sheet = Image.new("RGB", (width, top + len(rows) * step + MARGIN), PAPER)
         draw = ImageDraw.Draw(sheet)
         for i, line in enumerate(title):
-            draw.text((MARGIN, MARGIN + i * (TITLE + GAP)), line, INK, _font(TITLE))
+            draw.text((MARGIN, MARGIN + i * (TITLE + GAP)), line, INK, font(TITLE))
         notes = " · ".join(filter(None, [model, self.seed, f"{len(self.cells)} pictures", "generated"]))
-        draw.text((MARGIN, MARGIN + len(title) * (TITLE + GAP)), notes, FAINT, _font(TEXT))
+        draw.text((MARGIN, MARGIN + len(title) * (TITLE + GAP)), notes, FAINT, font(TEXT))
         if not alone:
-            draw.text((left, top - 2 * LINE - GAP), _spoken(self.axes[0][0]), FAINT, _font(TEXT))
+            draw.text((left, top - 2 * LINE - GAP), _spoken(self.axes[0][0]), FAINT, font(TEXT))
         for (r, (key, lines)), (c, column) in itertools.product(enumerate(rows), enumerate(columns)):
             x, y = left + c * (size[0] + GAP), top + r * step
             point = self._point(key, column, r, c)
@@ -132,7 +132,7 @@ class Sheet:
         if len(self.prompts) > 1:
             return f"{len(self.prompts)} prompts"
         words = slug(self.prompts[0]).replace("-", " ")
-        return next((text for text in (self.prompts[0], words) if _drawable(text)), "one prompt")
+        return next((text for text in (self.prompts[0], words) if drawable(text)), "one prompt")
 
 
 def _axes(order: Order) -> list[tuple[str, list[str]]]:
@@ -155,27 +155,27 @@ def _label(job: Job, seed: int, name: str, prompts: Sequence[str]) -> str:
 
 def _name(i: int, prompts: Sequence[str]) -> str:
     """Return what a prompt is called beside its row: its number, and its beginning where the font has the letters."""
-    words = prompts[i] if _drawable(prompts[i]) else slug(prompts[i]).replace("-", " ")
-    return f"{i + 1}: {textwrap.shorten(words, 28, placeholder='…')}" if _drawable(words) else f"{i + 1}"
+    words = prompts[i] if drawable(prompts[i]) else slug(prompts[i]).replace("-", " ")
+    return f"{i + 1}: {textwrap.shorten(words, 28, placeholder='…')}" if drawable(words) else f"{i + 1}"
 
 
 def _spoken(field: str) -> str:
     return field.replace("_", " ")
 
 
-def _drawable(text: str) -> bool:
+def drawable(text: str) -> bool:
     """Tell whether Pillow's own font has all the letters."""
     return all(" " <= mark < "\u0180" or mark in "…–—‘’“”" for mark in text)
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
 
 
 def _width(text: str) -> int:
-    return int(_font(TEXT).getlength(text)) + 1
+    return int(font(TEXT).getlength(text)) + 1
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -183,10 +183,10 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _centred(draw: "ImageDraw", text: str, x: int, y: int, width: int) -> None:
-    draw.text((x + width // 2, y), text, INK, _font(TEXT), anchor="ma")
+    draw.text((x + width // 2, y), text, INK, font(TEXT), anchor="ma")
 
 
 def _right(draw: "ImageDraw", lines: Sequence[str], x: int, y: int, height: int) -> None:
     start = y + (height - len(lines) * LINE) // 2
     for i, line in enumerate(lines):
-        draw.text((x, start + i * LINE), line, INK, _font(TEXT), anchor="ra")
+        draw.text((x, start + i * LINE), line, INK, font(TEXT), anchor="ra")

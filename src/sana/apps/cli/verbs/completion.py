@@ -70,8 +70,9 @@ def pages() -> dict[str, Page]:
     for name, verb in VERBS.items():
         follows = WORDS.get(name, Words())
         module = importlib.import_module(follows.flags_in or verb.module)
-        groups = (*getattr(module, "GROUPS", ()), COMMON)
-        flags = [flag._replace(choices=tuple(CARDS)) if "--model" in flag.names else flag for flag in flags_of(groups)]
+        own = module.groups() if hasattr(module, "groups") else getattr(module, "GROUPS", ())
+        once = {flag.names[-1]: flag for flag in flags_of((*own, COMMON))}  # tasks of one verb share some
+        flags = [flag._replace(choices=tuple(CARDS)) if "--model" in flag.names else flag for flag in once.values()]
         found[name] = Page(verb.summary, flags, follows.choices(), follows.files)
     return found
 
@@ -222,6 +223,7 @@ WORDS = {
     "models": Words(choices=lambda: (*TASKS, *CARDS)),
     "convert": Words(files="*"),
     "lora": Words(files="*"),
+    "dataset": Words(choices=_dataset_tasks),
     "train": Words(files=".toml"),
     "dataset": Words(choices=_dataset_tasks),
     "evaluate": Words(choices=_metrics),
