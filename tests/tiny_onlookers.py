@@ -1,5 +1,6 @@
-"""Tiny random models that look at pictures, in the layout of transformers: CLIP, and LLaVA as a describer."""
+"""Tiny random models that look at pictures, in the layout of transformers: CLIP, LLaVA and Qwen2-VL."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +88,34 @@ def save_describer(folder: Path) -> Path:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
+    return folder
+
+
+def save_video_describer(folder: Path) -> Path:
+    """Write a Qwen2-VL, whose processor also reads videos."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    tokenizer = words(around=False)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(7)
+    text = {**VISION, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "bos_token_id": 2, "pad_token_id": 0}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config={**text, "eos_token_id": len(tokenizer) - 1, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=3,
+        video_token_id=len(tokenizer) - 2,
+        vision_start_token_id=4,
+    )
+    model = Qwen2VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8 if weight.ndim > 1 else 1)
+        model.lm_head.weight[[*range(5), -1]] = 0
+    model.save_pretrained(folder)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 1024}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **sizes}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<image> ", ":<image>: "))
     return folder

@@ -120,10 +120,11 @@ def test_a_processor_that_needs_torchvision_is_told(tmp_path: Path, monkeypatch:
     folder = save_describer(tmp_path / "model")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise ImportError("\nSomeVideoProcessor requires the Torchvision library but it was not found")
+        raise ImportError("\nSomeImageProcessor requires the Torchvision library but it was not found")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fail)
-    with pytest.raises(CheckpointError, match="its processor needs torchvision, as those that also read videos do"):
+    monkeypatch.setattr(transformers.ProcessorMixin, "from_pretrained", fail)
+    with pytest.raises(CheckpointError, match="it needs torchvision: use another model"):
         load_describer(folder, CPU)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sana.errors import InvalidInput
 from sana.training.captioner import Captioner, Describing
-from tiny_onlookers import save_describer
+from tiny_onlookers import save_describer, save_video_describer
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,13 @@ def test_every_prompt_gets_its_answer_and_a_picture_says_the_same_in_every_compa
     assert any(texts[0] != texts[1] for texts in together), "it does not read the prompts"
     assert all(1 <= len(text.split()) <= 6 for texts in together for text in texts)
     assert not any("<" in text or "describe it :" in text for texts in together for text in texts)
+
+
+def test_a_model_that_also_reads_videos_needs_no_torchvision(tmp_path: Path, pictures: list[Image.Image]) -> None:
+    one = captioner(save_video_describer(tmp_path))
+    together = one.describe(pictures)  # of as many tokens as the pictures are large
+    assert together == [one.describe([picture])[0] for picture in pictures]
+    assert len({texts[0] for texts in together}) > 1
 
 
 def test_samples_differ_and_depend_on_seed_and_salt_alone(folder: Path, pictures: list[Image.Image]) -> None:

@@ -89,9 +89,37 @@ def load_describer(folder: Path, device: torch.device) -> tuple[Any, Any]:
     import transformers
 
     _checked(folder)
-    processor = _foreign(transformers.AutoProcessor.from_pretrained, folder, "processor")
+    processor = _foreign(_load_processor, folder, "processor")
+    if getattr(processor, "tokenizer", None) is None:
+        raise CheckpointError(f"The processor in {folder} takes no text and picture together: use another model.")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return _loaded(transformers.AutoModelForImageTextToText, folder, dtype).to(device), processor
+
+
+def _load_processor(folder: Path, **options: Any) -> Any:
+    """Load a processor; of one that also reads videos, which needs torchvision, only the part for pictures."""
+    import transformers
+
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder, **options)
+    except ImportError as error:
+        kind = _processor_class(folder)
+        if "torchvision" not in str(error).lower() or kind is None:
+            raise
+        told = tuple(name for name in kind.get_attributes() if name != "video_processor")
+        members = {"get_attributes": classmethod(lambda _: list(told))}
+        return type(kind.__name__, (kind,), members).from_pretrained(folder, **options)  # type: ignore[attr-defined]
+
+
+def _processor_class(folder: Path) -> Any:
+    """Return the class of transformers that the files name as their processor, or None."""
+    import transformers
+
+    files = [folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")]
+    names = [str(read_json(file).get("processor_class")) for file in files if file.is_file()]
+    found = [getattr(transformers, name, None) for name in names if name.endswith("Processor")]
+    kinds = [kind for kind in found if isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin)]
+    return kinds[0] if kinds else None
 
 
 def _lacking(folder: Path) -> str | None:
@@ -147,7 +175,7 @@ def _foreign(load: Any, folder: Path, what: str) -> Any:
         if "trust_remote_code" in text:
             reason = "it brings code of its own, which is never run: use a model that transformers knows"
         elif "torchvision" in text.lower():
-            reason = "its processor needs torchvision, as those that also read videos do: use a model for pictures"
+            reason = "it needs torchvision: use another model, such as llava-hf/llava-1.5-7b-hf"
         else:
             reason = json.dumps(first_line(error))[1:-1][:200]
         raise CheckpointError(f"The {what} in {folder} cannot be loaded ({reason}).") from error

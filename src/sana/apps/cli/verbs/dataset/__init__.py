@@ -3,20 +3,19 @@
 import importlib
 from collections.abc import Sequence
 
+from sana.apps.cli import arguments
 from sana.apps.cli.output import Terminal, listed
 from sana.errors import InvalidInput, did_you_mean
 
-USAGE = "usage: sana dataset TASK [arguments] [options]\n\ntasks:"
+USAGE = "sana dataset TASK [arguments] [options]"
+DESCRIPTION = "Prepare pictures and captions. `sana dataset TASK --help` lists the options of a task.\n\ntasks:"
 
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Carry out the task that the first word names."""
     if words and words[0] in ("-h", "--help"):
         rows = {name: summary for name, (_, summary) in TASKS.items()}
-        terminal.result(
-            "\n".join([USAGE, *listed(rows), "", "`sana dataset TASK --help` lists the options of a task."])
-        )
-        return 0
+        arguments.read(words[:1], (), usage=USAGE, description="\n".join([DESCRIPTION, *listed(rows)]))
     if not words or words[0].startswith("-"):
         raise InvalidInput(f"Say what to do: sana dataset {', '.join(TASKS)}. More: sana dataset --help")
     if words[0] not in TASKS:
