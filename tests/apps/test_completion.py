@@ -67,7 +67,7 @@ def test_bash_completes_verbs_flags_choices_models_and_files(scripts: dict[str, 
     assert offered("a fox", "-o", "") == ["FILES"]
     assert offered("a fox", "--seed", "") == []
     assert "--no-binning" in offered("--no-")
-    assert "--steps" not in offered("models", "--")
+    assert "--guidance" not in offered("models", "--")
 
 
 def test_every_flag_of_the_request_is_offered_everywhere(scripts: dict[str, str]) -> None:

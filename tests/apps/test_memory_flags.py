@@ -86,13 +86,20 @@ def test_a_dry_run_names_the_nearest_setting_that_fits(sana: Sana, no_loading: N
     spoken = sana("a fox", "--seed", "3", "--dry-run", *large, "--max-vram", "7GB").out
     assert "with --memory low; --max-vram 7GB" in spoken
     eight = ("--batch-size", "8", "--count", "8", "--pag", "2")
-    too_much = document(sana, *large, *eight, "--max-vram", "11GB")
-    assert too_much["fits"] is False
-    assert too_much["nearest_that_fits"]["flags"] == "--memory low"
-    assert too_much["nearest_that_fits"]["memory_bytes"] < 11e9
-    page = sana("a fox", "--seed", "3-10", "--dry-run", *large, *eight[:2], "--pag", "2", "--max-vram", "11GB").out
+    assert document(sana, *large, "--max-vram", "11GB")["memory_mode"] is None
+    planned = document(sana, *large, *eight, "--max-vram", "11GB")
+    assert (planned["fits"], planned["memory_mode"]) == (True, "low"), "auto plans for these pictures, not for one"
+    mixed = sana(
+        "--dry-run", "--json", "--sweep", "pag=0,2", "a fox", "--seed", "3", *large, *eight[:4], "--max-vram", "11GB"
+    )
+    assert json.loads(mixed.out)["estimate"]["memory_mode"] == "low", "and for the largest of several"
+    too_much = document(sana, *large, *eight, "--max-vram", "2GB")
+    assert (too_much["fits"], too_much["memory_mode"]) == (False, "lowest")
+    assert too_much["nearest_that_fits"]["flags"] == "--batch-size 1"
+    assert too_much["nearest_that_fits"]["memory_bytes"] < 2e9
+    page = sana("a fox", "--seed", "3-10", "--dry-run", *large, *eight[:2], "--pag", "2", "--max-vram", "2GB").out
     assert "fits" in page
-    assert "not like this; with --memory low" in page
+    assert "not like this; with --batch-size 1" in page
     hopeless = sana("a fox", "--seed", "3", "--dry-run", *large, "--max-vram", "100MB").out
     assert "not on this machine, with no setting" in hopeless
     smaller = document(sana, *large, "--max-vram", "64GB", "--quantize", "int8")
@@ -119,3 +126,45 @@ def test_a_folder_is_streamed_from_the_command(sana: Sana, tiny_folder: Path) ->
         said = sana(*words, "-o", f"{name}.png", "--memory", name)
         assert said.code == 0, said.err
     assert pixels("auto.png") == pixels("lowest.png")
+
+
+def test_a_control_network_beside_the_model_is_in_the_plan(sana: Sana, tmp_path: Path, rates: None) -> None:
+    Image.new("RGB", (64, 64)).save("edges.png")
+    plain = document(sana, "-m", "sana-0.6b-1024", "--dtype", "bfloat16", "--max-vram", "64GB")
+    words = ("-m", "sana-0.6b-1024", "--dtype", "bfloat16", "--control", "map", "edges.png")
+    named = document(sana, *words, "--controlnet", "sana-0.6b-1024-controlnet", "--max-vram", "64GB")
+    assert named["memory_bytes"] - plain["memory_bytes"] == pytest.approx(2 * 168_765_696, rel=0.1)
+    assert named["download_bytes"] - plain["download_bytes"] > 3e8
+    assert {"control", "encode"} <= set(named["seconds"])
+    limit = f"{(plain['memory_bytes'] + named['memory_bytes']) / 2e6:.0f}MB"
+    assert (
+        document(sana, *words, "--controlnet", "sana-0.6b-1024-controlnet", "--max-vram", limit)["memory_mode"] == "low"
+    )
+    wrong = sana("a fox", "--dry-run", *words, "--controlnet", "sana-0.6b-1024")
+    assert wrong.code == 2
+    assert "sana-0.6b-1024 has no control network. Those that have:" in wrong.err
+
+
+def test_loading_plans_for_the_pictures_and_the_network(sana: Sana, tiny_folder: Path, tmp_path: Path) -> None:
+    from sana import SanaControlNetModel, SanaTransformer2DModel
+    from sana.engine.parts import load
+    from sana.engine.sparing import needs
+
+    transformer = SanaTransformer2DModel.from_pretrained(tiny_folder, subfolder="transformer")
+    SanaControlNetModel.from_transformer(transformer, num_layers=1).save_pretrained(tmp_path / "branch")
+    Image.new("RGB", (64, 64)).save("edges.png")
+    needed = needs(load(tiny_folder, device="cpu"), pick_device("cpu"))
+    limit = f"{needed[None] / 1e9 + 0.001:.6f}GB"
+    words = ("a fish", "-m", str(tiny_folder), "--seed", "3", "--steps", "1", "--max-vram", limit, "--device", "cpu")
+    said = sana(*words, "-o", "one.png")
+    assert said.code == 0, said.err
+    assert "does not fit" not in said.err
+    for name, more in {
+        "large": ("--size", "512", "--no-binning"),
+        "many": ("--count", "4", "--batch-size", "4"),
+    }.items():
+        said = sana(*words, *more, "-o", f"{name}.png")
+        assert said.code == 0, said.err
+        assert "does not fit into --max-vram" in said.err, name
+    both = ("--control", "map", "edges.png", "--controlnet", str(tmp_path / "branch"))
+    assert sana(*words, *both, "-o", "two.png").code == 0

@@ -43,7 +43,7 @@ def packages(modules: list[str]) -> set[str]:
 
 
 def test_a_picture_costs_little_more_than_importing_the_language_model(tmp_path: Path) -> None:
-    for attempt in range(3):  # one of them meets a moment when the machine is not too busy
+    for attempt in range(6):  # one of them meets a moment when the machine is not too busy
         found = child(DRAW, str(tmp_path / f"{attempt}.png"))
         assert found["code"] == 0
         assert packages(found["new"]) <= ALLOWED
@@ -65,7 +65,7 @@ def test_help_needs_no_library_and_no_quarter_of_a_second(words: list[str]) -> N
         "print(json.dumps({'code': code, 'new': new, 'cpu': time.process_time()}))"
     )
     seconds = []
-    for _ in range(3):
+    for _ in range(6):
         found = child(code, json.dumps(words))
         assert found["code"] == 0
         # The hub library's constants tell where downloads lie; nothing of it that talks to a network is imported.

@@ -23,6 +23,7 @@ from sana.checkpoints import tensors as module
 from sana.checkpoints.digests import has_digest, verified, verify
 from sana.checkpoints.tensors import read_header, read_tensors, write_tensors
 from sana.errors import CheckpointError, InvalidInput
+from sana.memory.trimming import give_back
 
 MEGABYTE = 1 << 20
 
@@ -237,6 +238,7 @@ def in_child(work: Callable[[], object], memory: int | None = None) -> int:
     if process == 0:
         try:
             if memory is not None:
+                give_back()  # what earlier tests freed would serve an allocation without any further memory
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
                 limit = pages * resource.getpagesize() + memory
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

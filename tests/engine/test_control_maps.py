@@ -41,13 +41,22 @@ def test_there_is_a_map_for_each_kind_of_a_request() -> None:
     assert set(CONTROL_MAPS) == set(get_args(ControlKind))
 
 
-@pytest.mark.parametrize("kind", ["canny", "scribble", "soft-edge", "map"])
+@pytest.mark.parametrize("kind", ["canny", "scribble", "soft-edge", "ink", "map"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1"])
 def test_every_map_is_rgb_of_the_pictures_size(kind: str, mode: str) -> None:
     found = control_map(kind, drawn().convert(mode))
     assert found.mode == "RGB"
     assert found.size == (128, 96)
     assert np.ptp(np.asarray(found), axis=2).max() == 0 or kind == "map"
+
+
+def test_ink_is_the_thin_edges_thickened_and_black_on_white() -> None:
+    picture = drawn().resize((512, 384))
+    thin, strokes = values(canny(picture)) > 0, values(control_map("ink", picture)) == 0
+    assert set(np.unique(values(control_map("ink", picture)))) == {0, 255}
+    assert thin.any()
+    near = ndimage.distance_transform_edt(~thin) <= 3  # 8 pixels of 1024 are 3 of 384
+    assert np.array_equal(strokes, near)
 
 
 def test_a_finished_map_is_left_alone() -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clock import cpu_seconds
 from foreign_pictures import (
     A1111,
     ASCII,
@@ -95,12 +95,14 @@ def test_a_file_cut_anywhere_is_told_in_a_sentence_or_gives_what_is_left(tmp_pat
 
 def test_bombs_are_left_packed(tmp_path: Path) -> None:
     bomb = zlib.compress(bytes(MAX_TEXT * 20), 9)
-    began = time.process_time()
-    for kind, head in ((b"zTXt", b"parameters\x00\x00"), (b"iTXt", b"parameters\x00\x01\x00\x00\x00")):
-        metadata = found(tmp_path, png(chunk(kind, head + bomb), text("Software", "x")))
-        assert metadata.settings is None
-        assert metadata.remarks == ("The text 'parameters' is longer than 4 MB and was not read.",)
-    assert time.process_time() - began < 5
+
+    def read() -> None:
+        for kind, head in ((b"zTXt", b"parameters\x00\x00"), (b"iTXt", b"parameters\x00\x01\x00\x00\x00")):
+            metadata = found(tmp_path, png(chunk(kind, head + bomb), text("Software", "x")))
+            assert metadata.settings is None
+            assert metadata.remarks == ("The text 'parameters' is longer than 4 MB and was not read.",)
+
+    assert cpu_seconds(read, enough=5) < 5
 
 
 def test_megabytes_of_text_are_passed_over(tmp_path: Path) -> None:
@@ -118,10 +120,11 @@ def test_megabytes_of_text_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_million_pieces_do_not_hang(tmp_path: Path) -> None:
-    began = time.process_time()
-    found(tmp_path, png(chunk(b"juNK", b"") * 300_000))
-    found(tmp_path, jpeg(*[(0xE2, b"")] * 250_000), "a.jpg")
-    assert time.process_time() - began < 10
+    def read() -> None:
+        found(tmp_path, png(chunk(b"juNK", b"") * 300_000))
+        found(tmp_path, jpeg(*[(0xE2, b"")] * 250_000), "a.jpg")
+
+    assert cpu_seconds(read, enough=10) < 10
 
 
 def test_the_first_text_of_a_key_counts(tmp_path: Path) -> None:
@@ -131,9 +134,8 @@ def test_the_first_text_of_a_key_counts(tmp_path: Path) -> None:
 
 def test_a_picture_of_a_billion_pixels_is_not_decoded(tmp_path: Path) -> None:
     data = png(international("parameters", A1111), width=60_000, height=60_000)
-    began = time.process_time()
     assert said(tmp_path, data).prompt == PROMPT
-    assert time.process_time() - began < 1
+    assert cpu_seconds(lambda: said(tmp_path, data), enough=1) < 1
 
 
 def test_nul_and_lone_surrogates_are_replaced(tmp_path: Path) -> None:
@@ -158,25 +160,16 @@ def test_a_damaged_record_of_ours_is_told(tmp_path: Path, value: str) -> None:
 
 
 def test_lines_that_would_take_a_slow_reader_hours(tmp_path: Path) -> None:
-    began = time.process_time()
-    for unit in (
-        'a:"',
-        ":",
-        ",:",
-        '":',
-        "Steps: 1",
-        "\nSteps: 1",
-        "Negative prompt:",
-        "a: ",
-        'a:"\\q, ',
-        "\\",
-        '"a": "\\',
-    ):
-        said(tmp_path, png(text("parameters", f"x\nSteps: 2, {unit * 100_000}"[: MAX_TEXT - 20])))
+    units = ('a:"', ":", ",:", '":', "Steps: 1", "\nSteps: 1", "Negative prompt:", "a: ", 'a:"\\q, ', "\\", '"a": "\\')
     nodes = {str(i): {"class_type": "K", "inputs": {"steps": ["0", 0], "a": [str(i + 1), 0]}} for i in range(15_000)}
     nodes["0"] = {"class_type": "K", "inputs": {f"k{i}": 1 for i in range(50_000)}}
-    said(tmp_path, png(text("prompt", json.dumps(nodes))))
-    assert time.process_time() - began < 20
+
+    def read() -> None:
+        for unit in units:
+            said(tmp_path, png(text("parameters", f"x\nSteps: 2, {unit * 100_000}"[: MAX_TEXT - 20])))
+        said(tmp_path, png(text("prompt", json.dumps(nodes))))
+
+    assert cpu_seconds(read, enough=20) < 20
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -16,26 +16,25 @@ from sana.engine.attachments import ControlRequest
 from sana.engine.estimate import memory, stages
 from sana.engine.request import Request
 from sana.models.dc_ae import STREAMED_PIXELS
-from tiny_model import make_tiny_parts
+from tiny_model import make_tiny_parts, tiny_controlnet
 
 HALF = dict.fromkeys(("text_encoder", "transformer", "vae"), "bfloat16")
 RUN = """
 import torch
 torch.set_num_threads(1)
+from PIL import Image
+from sana.engine.attachments import ControlRequest
 from sana.engine.generate import generate_images
 from sana.engine.parts import load
 from sana.engine.request import Request
 parts = load({model!r}, device="cpu", dtype={dtype!r}, memory={memory!r}, quantization_config={quantized!r})
-generate_images(parts, Request(prompt="a red fish", seed=1, **{request!r}))
+controls = [ControlRequest(kind="map", image=Image.new("RGB", (64, 64), "red"))] * {controls}
+request = Request(prompt="a red fish", seed=1, controls=tuple(controls), **{request!r})
+generate_images(parts, request)
 # Not ru_maxrss, which a new process has from the one that started it.
 print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
-from sana.engine import estimate
-from sana.engine.sparing import described
-card, dtypes, text, in_bits = described(parts)
-told = estimate.stages(
-    card, Request(prompt="x", seed=1, **{request!r}).resolve(card), dtypes, text=text, quantized=in_bits
-)
-print(round(estimate.memory(told, {memory!r})))
+from sana.engine.sparing import Plan, needs
+print(round(needs(parts, parts.device, Plan(requests=[request]))[{memory!r}]))
 """
 
 
@@ -43,7 +42,7 @@ def measured(model: str, request: dict[str, Any], **options: Any) -> tuple[int, 
     """Return the peak of a fresh process that draws, and what is estimated for it."""
     if not sys.platform.startswith("linux"):
         pytest.skip("only Linux tells the peak so")
-    settings = {"memory": None, "quantized": None, "dtype": "card", **options}
+    settings = {"memory": None, "quantized": None, "dtype": "card", "controls": 0, **options}
     code = RUN.format(model=model, request=request, **settings)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -63,6 +62,31 @@ def test_the_built_in_model(request_: dict[str, Any], options: dict[str, Any]) -
     peak, told = measured("nano", request_, **options)
     assert told == pytest.approx(peak, rel=0.2)
     assert told == pytest.approx(peak, rel=0.1, abs=5e7)
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model whose transformer has 186 MB and whose control network 173 MB."""
+    folder = tmp_path_factory.mktemp("controlled") / "model"
+    parts = make_tiny_parts(num_layers=6, num_attention_heads=96, cross_attention_dim=768)
+    save_parts(folder, {**parts.components, "controlnet": tiny_controlnet(parts.transformer)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("memory_mode", "controls"),
+    [
+        (None, 2),
+        ("lowest", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 0), ("low", 1), ("low", 0))),
+    ],
+)
+def test_control_networks(controlled: Path, memory_mode: str | None, controls: int) -> None:
+    """A control network counts with its weights while it is there, and with what it adds to the tokens."""
+    request = {"steps": 2, "width": 512, "height": 512, "binning": False}
+    peak, told = measured(str(controlled), request, dtype="float32", memory=memory_mode, controls=controls)
+    assert told == pytest.approx(peak, rel=0.2)
+    assert told == pytest.approx(peak, rel=0.12), "the network is a quarter of it"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +144,13 @@ def test_every_product_has_its_stages() -> None:
     picture = Image.new("RGB", (64, 64))
     control = told(controls=(ControlRequest(kind="map", image=picture),))
     assert list(control) == ["text", "encode", "denoise", "control", "decode"]
-    assert control["control"].flops == pytest.approx(base["denoise"].flops * 7 / 20)
+    assert control["control"].flops == pytest.approx(base["denoise"].flops * 7 / 20, rel=0.1)
+    assert control["control"].flops > base["denoise"].flops * 7 / 20, "with a projection behind each block"
+    own = CARDS["sana-1.6b-1024-controlnet-hed"]
+    loaded = stages(own, plain.resolve(own), HALF)
+    assert [(stage.name, stage.times) for stage in loaded][2] == ("control", 0), "loaded, and not at work"
+    assert memory(loaded) - memory(tuple(base.values())) == pytest.approx(2 * own.control_params, rel=0.01)
+    assert memory(loaded, "low") == memory(tuple(base.values()), "low")
     assert control["control"].part == "controlnet"
     assert control["encode"].part == control["decode"].part == "vae"
     edit = told(image=picture, strength=0.5)

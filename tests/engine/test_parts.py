@@ -9,8 +9,10 @@ import torch
 
 from sana.cards import CARDS
 from sana.checkpoints.hub import Located
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine import parts as module
-from sana.engine.parts import Parts, fitting, load, recommended_dtypes
+from sana.engine.model_card import fitting
+from sana.engine.parts import Parts, load, recommended_dtypes
 from sana.engine.placement import pick_device
 from sana.errors import InvalidInput
 from tiny_model import tiny_transformer
@@ -83,9 +85,20 @@ def test_cards_fit_only_their_own_architecture(tiny_parts: Parts) -> None:
     }
     card = dataclasses.replace(CARDS["nano"], transformer=type(CARDS["nano"].transformer)(**config))
     assert fitting(card, tiny_parts.transformer) is card
-    assert fitting(card, tiny_transformer(num_layers=1)) is None
+    assert fitting(card, tiny_transformer(cross_attention_head_dim=8)) is None
     assert fitting(None, tiny_parts.transformer) is None
     assert fitting(card, None) is card
+
+
+def test_a_grown_or_pruned_transformer_follows_its_card_with_its_own_depth() -> None:
+    nano = CARDS["nano"]
+    deeper = SanaTransformer2DModel.from_config(nano.transformer, num_layers=12)
+    card = fitting(nano, deeper)
+    assert card is not None
+    assert (card.name, card.sizes, card.languages, card.steps) == (nano.name, nano.sizes, nano.languages, nano.steps)
+    assert (card.transformer.num_layers, card.params, card.folder) == (12, deeper.num_parameters(), None)
+    assert nano.pag_layers == ("transformer_blocks.3",)
+    assert card.pag_layers == ("transformer_blocks.6",)
 
 
 def test_unknown_models_get_the_defaults_of_the_nearest_published_one(tiny_parts: Parts) -> None:

@@ -14,10 +14,11 @@ from torch import nn
 
 from sana import Request, generate_images
 from sana.checkpoints.folder import save_parts
+from sana.config import ControlNetConfig
 from sana.engine import placement, sparing
 from sana.engine.parts import Parts, load
 from sana.engine.placement import Placement, balanced, spread
-from sana.engine.sparing import first_that_fits, needs
+from sana.engine.sparing import Plan, first_that_fits, needs
 from sana.errors import CheckpointError, InvalidInput
 from sana.memory.offload import HostTensors, StreamedBlocks, StreamingShelf, WholeShelf
 from tiny_model import make_tiny_parts, tiny_transformer
@@ -317,3 +318,23 @@ def test_spreading(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_free_memory_is_known() -> None:
     free = placement.free_memory(torch.device("cpu"))
     assert free is None or 10**7 < free < 10**14
+
+
+def test_auto_makes_room_for_what_is_planned(folder: Path) -> None:
+    large = Request(prompt="x", width=512, height=512, binning=False)
+    skeleton = load(folder, device="cpu")
+    plain, planned = (needs(skeleton, torch.device("cpu"), plan) for plan in (None, Plan(requests=[REQUEST, large])))
+    assert planned[None] > plain[None]
+    limit = int((plain[None] + planned[None]) / 2)
+    for plan, mode in (
+        (None, None),
+        (Plan(requests=[REQUEST, large]), "lowest"),
+        (Plan(requests=lambda _: [large]), "lowest"),
+    ):
+        parts = load(folder, device="cpu", memory="auto", max_memory=limit, plan=plan)
+        assert (parts.placement and parts.placement.mode) == mode
+    network = ControlNetConfig(num_attention_heads=64, attention_head_dim=8, cross_attention_dim=512)
+    assert needs(skeleton, torch.device("cpu"), Plan(controlnet=network))[None] > plain[None] + 4 * 7 * 512**2
+    for memory in (None, "low"):
+        with pytest.raises(InvalidInput, match="`plan` has no effect with `memory`"):
+            load(folder, memory=memory, plan=Plan())

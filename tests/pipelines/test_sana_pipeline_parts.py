@@ -11,7 +11,8 @@ import torch
 
 import sana
 from sana import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
-from sana.engine.parts import CARD_KEY, load
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 
 SMALL = {"height": 64, "width": 64, "use_resolution_binning": False, "num_inference_steps": 1, "output_type": "latent"}

@@ -1,6 +1,7 @@
 """Flow matching that starts from a model: every trainable, from a recipe's settings to what others load."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sana.checkpoints.controlnet import SanaControlNetModel
+from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.hub import locate
 from sana.data import cutouts
 from sana.engine.generate import generate_images
-from sana.engine.parts import CARD_KEY, load
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
 from sana.engine.request import LoraRequest, Request
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow.density import loss_weights
@@ -229,3 +232,17 @@ def test_a_model_that_is_not_there(pictures: Path, start: str, sentence: str) ->
 
     with pytest.raises(ModelNotFound, match=sentence):
         objective(pictures, start=start)
+
+
+def test_a_single_file_of_the_original_layout_is_trained_on_with_the_encoders_of_its_folder(
+    pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(locate("nano").folder, folder)
+    convert(Conversion(source="nano", target=folder / "original.safetensors"))
+    data = {"path": str(pictures), "features": str(tmp_path / "features")}
+    one = objective(pictures, start=str(folder / "original.safetensors"), data=data)
+    plain = objective(pictures)
+    assert float(one.loss(0)[0].detach()) == pytest.approx(float(plain.loss(0)[0].detach()), rel=1e-3)
+    export = train(one, tmp_path)
+    assert load(export, device="cpu").transformer is not None

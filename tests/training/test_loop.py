@@ -1,20 +1,20 @@
-"""The trainer on a small regression: exact resume, averaging, refusal of non-finite steps, atomic states, two
-processes.
-"""
+"""The trainer on a small regression: exact resume, averaging, refusal of non-finite steps, atomic states."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import draw_curve, read_series
 from sana.training.loop import Trainer
+from sana.training.objectives.base import MAIN, trainable
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
 
@@ -23,13 +23,18 @@ class Regression:
     """Learns a fixed linear map from noise that depends on the draw alone."""
 
     name = "regression"
+    turns: tuple[str, ...] = MAIN
+    better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, poisoned: frozenset[int] = frozenset()) -> None:
         torch.manual_seed(0)
         self.module: nn.Module = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32))
         self.poisoned = poisoned
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         x = torch.randn(8, 32, generator=torch.Generator().manual_seed(draw))
         loss = (self.module(x) - x.flip(1)).square().mean()
         if draw in self.poisoned:
@@ -92,6 +97,70 @@ def test_a_run_that_was_killed_goes_on_from_its_last_state(tmp_path: Path) -> No
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in whole.items())
 
 
+class Game(Regression):
+    """A map and a critic that take turns; the critic has frozen weights of its own kind beside it."""
+
+    name = "game"
+    turns = ("generator", "discriminator")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.ModuleDict({"map": nn.Linear(32, 32), "critic": nn.Linear(32, 1), "frozen": nn.Linear(4, 4)})
+        self.module["frozen"].requires_grad_(False)
+        self.seen: list[tuple[int, str, tuple[str, ...]]] = []
+
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        part = {"generator": "map.", "discriminator": "critic."}[turn]
+        return [(name, p) for name, p in self.module.named_parameters() if name.startswith(part)]
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
+        self.seen.append((draw, turn, tuple(name for name, _ in trainable(self.module))))
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(draw))
+        score = self.module["critic"](self.module["map"](x)).mean()
+        return (score.square() if turn == "generator" else (score - 1).square()), {}
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {"held_out": 0.0}
+
+
+def game(folder: Path, stop: int | None = None, **changes: object) -> Trainer:
+    first, second = OptimizerSettings(lr=1e-2, warmup=0), OptimizerSettings(name="muon", lr=1e-3, clip=0.5, warmup=0)
+    trainer = Trainer(Game(), settings(**changes), first, folder, second)
+    for step in trainer.steps():
+        if step.step == stop:
+            break
+    return trainer
+
+
+def test_players_take_turns_with_their_own_parameters_and_optimisers(tmp_path: Path) -> None:
+    trainer = Trainer(Game(), settings(), OptimizerSettings(lr=1e-2, warmup=0), tmp_path)
+    assert set(trainer.average.values) == {"map.weight", "map.bias"}
+    steps = trainer.steps()
+    for turn, still in (("map.", "critic."), ("critic.", "map."), ("map.", "critic.")):
+        before = {name: p.detach().clone() for name, p in trainer.objective.module.named_parameters()}
+        next(steps)
+        moved = {n for n, p in trainer.objective.module.named_parameters() if not torch.equal(p, before[n])}
+        assert moved
+        assert all(name.startswith(turn) for name in moved), (moved, still)
+    seen = trainer.objective.seen  # type: ignore[attr-defined]
+    assert [(draw, turn) for draw, turn, _ in seen] == [(0, "generator"), (1, "discriminator"), (2, "generator")]
+    assert seen[0][2] == ("map.weight", "map.bias")
+    assert seen[1][2] == ("critic.weight", "critic.bias")
+
+
+def test_a_run_of_two_players_resumes_bit_identically(tmp_path: Path) -> None:
+    whole = weights(game(tmp_path / "whole"))
+    for stop in (3, 6):
+        game(tmp_path / "parts", stop)
+    parts = weights(game(tmp_path / "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_settings_for_a_second_player_need_one(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"\[discriminator_optimizer\] has no effect on 'regression'"):
+        Trainer(Regression(), settings(), OptimizerSettings(), tmp_path, OptimizerSettings())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_learns(tmp_path: Path, optimizer: str) -> None:
     before = Regression().evaluate()["held_out"]
@@ -102,9 +171,9 @@ def test_training_learns(tmp_path: Path, optimizer: str) -> None:
 def test_the_log_holds_every_step_and_the_held_out_figures(tmp_path: Path) -> None:
     run(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    assert [line["step"] for line in lines if "held_out" in line] == [6, 12]
-    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["00000006.png", "00000012.png"]
+    assert [line["step"] for line in lines] == list(range(13))
+    assert [line["step"] for line in lines if "held_out" in line] == [0, 6, 12]
+    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == [f"{step:08d}.png" for step in (0, 6, 12)]
 
 
 def test_a_non_finite_step_changes_nothing_and_too_many_stop_the_run(tmp_path: Path) -> None:
@@ -146,7 +215,7 @@ def test_states_are_whole_or_absent_and_old_ones_go(tmp_path: Path) -> None:
 
 def test_the_average_warms_up_and_swaps_back() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.999)
+    average = Average(dict(module.named_parameters()), 0.999)
     start = module.weight.item()
     with torch.no_grad():
         module.weight.fill_(start + 1)
@@ -171,7 +240,7 @@ def test_muon_owns_inner_matrices_and_its_updates_are_orthogonal() -> None:
     torch.manual_seed(0)
     module = nn.ModuleDict({"conv": nn.Conv2d(32, 64, 3), "depth": nn.Conv2d(64, 64, 3, groups=64)})
     optimizers = Optimizers(module.named_parameters(), OptimizerSettings(name="muon", lr=1.0, warmup=0))
-    assert len(optimizers._matrices) == 1
+    assert len(optimizers._views) == 1
     conv = module["conv"].weight
     before = conv.detach().clone()
     (conv * torch.randn_like(conv)).sum().backward()  # type: ignore[no-untyped-call]
@@ -179,23 +248,6 @@ def test_muon_owns_inner_matrices_and_its_updates_are_orthogonal() -> None:
     change = (before - conv.detach()).flatten(1)
     values = torch.linalg.svdvals(change)
     assert float(values.max() / values.min()) < 2.0
-
-
-def _train_beside(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    trainer = run(Path(folder) / "two", "adamw")
-    if rank == 0:
-        torch.save({k: v.clone() for k, v in trainer.objective.module.state_dict().items()}, Path(folder) / "two.pt")
-    torch.distributed.barrier()  # who leaves while the other still listens is ended by gloo
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_walk_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", "adamw", accumulate=2).objective.module.state_dict()
-    multiprocessing.spawn(_train_beside, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_curve_shows_the_last_word_on_every_step(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_the_same_draw_gives_the_same_loss_and_another_draw_another() -> None:
 
 
 def test_decoder_refinement_leaves_every_latent_as_it_is(encoders: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = AutoencoderSettings(start=str(encoders[0]), train="decoder")
+    settings = AutoencoderSettings(start=str(encoders[0]), phase="decoder")
     train(AutoencoderObjective(settings, run(), CPU), run(), tmp_path).export(tmp_path / "export")
     before, after = (
         load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (encoders[0], tmp_path / "export")

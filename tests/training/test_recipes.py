@@ -32,6 +32,15 @@ def test_overrides_win_over_the_file_and_keep_their_type(tmp_path: Path) -> None
     assert (settings.latent_noise, settings.thing_weight) == (0.3, 1.0)
 
 
+def test_a_second_player_has_settings_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    text = 'objective = "autoencoder"\n[run]\nsteps = 5\nbatch_size = 2\n'
+    file.write_text(text)
+    assert load_recipe(file).discriminator_optimizer is None
+    file.write_text(f"{text}[discriminator_optimizer]\nlr = 0.5\n")
+    assert load_recipe(file).discriminator_optimizer == OptimizerSettings(lr=0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -57,7 +66,7 @@ def test_a_wrong_recipe_is_one_clear_sentence(tmp_path: Path, text: str, words: 
 def test_a_missing_recipe_and_a_dotless_override_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         load_recipe(tmp_path / "nowhere.toml")
-    with pytest.raises(InvalidInput, match="no dot"):
+    with pytest.raises(InvalidInput, match=r"named table\.key, for example run\.steps"):
         load_recipe(RECIPES[0], {"steps": "3"})
 
 

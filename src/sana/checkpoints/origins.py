@@ -4,6 +4,7 @@ What is read again is bit for bit what loading gave: the same cast, the same qua
 """
 
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class FileTensors:
                 continue
             size = self.size([name])
             if len(buffer) < size:
-                buffer = torch.empty(self._room(in_order[i:]), dtype=torch.uint8)
+                buffer = _fresh(self._room(in_order[i:]))
             part, buffer = buffer[:size], buffer[-(-size // _ALIGNED) * _ALIGNED :]
             result[name] = self._into(part, places[name])
         return result
@@ -210,6 +211,11 @@ class FileTensors:
             handle.close()
             raise CheckpointError(f"{path} was changed while the model was in use. Load the model anew.")
         return handle
+
+
+def _fresh(size: int) -> Tensor:
+    """Return memory that goes back to the system as soon as it is free, where the C library would keep some of it."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 def _fill(handle: int, start: int, raw: Tensor, path: Path) -> None:

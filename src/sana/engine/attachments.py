@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sana.cards import Card
     from sana.engine.request import Request
 
-ControlKind = Literal["canny", "scribble", "soft-edge", "hed", "depth", "map"]
+ControlKind = Literal["canny", "scribble", "soft-edge", "ink", "hed", "depth", "map"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
 MOST_CONTROLS = 8
 MOST_LORAS = 32

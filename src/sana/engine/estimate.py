@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sana.cards import Card
-from sana.config import AutoencoderConfig, TransformerConfig
+from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
 from sana.engine.request import ResolvedRequest
 from sana.engine.resolution import BINS, nearest_bin
+from sana.engine.stages import BYTES as BYTES
+from sana.engine.stages import PROCESS as PROCESS
+from sana.engine.stages import SHARES as SHARES
+from sana.engine.stages import Rates as Rates
+from sana.engine.stages import Stage as Stage
+from sana.engine.stages import memory as memory
+from sana.engine.stages import seconds as seconds
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PREFIX_TOKENS = 215
 """Length of the instruction in the published tokenizer."""
-PROCESS = 450_000_000
-"""Bytes of the program and its libraries before any weight."""
 CALIBRATION = 0.06
 """Seconds for each measured rate."""
 DECODER_STEP_UP = 4
@@ -52,41 +56,6 @@ class TextShape:
         return self.layer_params + self.vocab_size * self.hidden_size
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One part of the road from prompt to pixels, done `times` times."""
-
-    name: str
-    dtype: str
-    flops: float
-    traffic: float
-    """Bytes read and written, weights included."""
-    ops: int
-    weights: int
-    """Bytes of its part of the model, which stay in memory."""
-    live: float
-    """Bytes of activations at its fullest moment."""
-    times: int = 1
-    streamed: int | None = None
-    """Bytes of weights that are in memory when its blocks come one by one; None where they do not."""
-    part: str = ""
-    """Which part of the model it uses; stages of one part share the weights."""
-    device_only: bool = False
-    """Whether memory means that of an accelerator, without the program."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """How fast a machine is."""
-
-    flops: Mapping[str, float]
-    """Multiplications and additions a second in a large matrix product, by dtype."""
-    traffic: float
-    """Bytes read and written a second."""
-    ops: float
-    """Small operators a second."""
-
-
 def stages(
     card: Card,
     settings: ResolvedRequest,
@@ -96,6 +65,7 @@ def stages(
     prompt_tokens: int = 60,
     quantized: Collection[str] = (),
     accelerator: bool = False,
+    controlnets: Sequence[ControlNetConfig] | None = None,
 ) -> tuple[Stage, ...]:
     """Return the stages of one batch of a request.
 
@@ -105,6 +75,8 @@ def stages(
         prompt_tokens: length of the prompt, about; it changes little.
         quantized: names of the parts whose layers are in 8 bits.
         accelerator: whether memory is that of a GPU, where the program itself needs none.
+        controlnets: the control networks that are loaded, whether the request has controls or not; None means the
+            card's own. A request with controls has one of the usual size, if it has none.
     """
     height, width = drawn(card, settings)
     side = card.autoencoder.spatial_compression_ratio
@@ -121,8 +93,12 @@ def stages(
     share = 1.0 if settings.image is None else (settings.strength or DEFAULT_STRENGTH)
     steps = max(1, round(settings.steps * share))
     found.append(_denoise(card, kind, latents, rows, perturbed, prompt_tokens, steps, "transformer" in quantized))
-    if controls:
-        found.append(_control(card, found[-1], controls, perturbed / max(rows, 1)))
+    own = [card.controlnet] if card.controlnet is not None else []
+    networks = own if controlnets is None else list(controlnets)
+    if controls and not networks:
+        networks = [usual_control(card.transformer)]
+    if networks:
+        found.append(_control(networks, controls, found[-1], latents, rows, prompt_tokens))
     found.append(_decode(card.autoencoder, vae, latents, count))
     if "text_encoder" in quantized:
         found[0] = _in_int8(found[0], text_shape.layer_params, text_shape.num_hidden_layers)
@@ -134,45 +110,6 @@ def drawn(card: Card, settings: ResolvedRequest) -> tuple[int, int]:
     if settings.binning and card.transformer.sample_size in BINS:
         return nearest_bin(settings.height, settings.width, card.transformer.sample_size)
     return settings.height, settings.width
-
-
-def seconds(stage: Stage, rates: Rates, mode: str | None = None, reading: float = 1e9) -> float:
-    """Return about how long a stage takes, all its repetitions together.
-
-    Args:
-        mode: in a memory mode the weights are read each time that the stage begins; in "lowest" a step waits for those
-            of its blocks, which are read meanwhile.
-        reading: bytes a second from where the weights are kept.
-    """
-    once = (
-        stage.flops / (rates.flops[stage.dtype] * SHARES[stage.dtype])
-        + stage.traffic / rates.traffic
-        + stage.ops / rates.ops
-    )
-    if mode == "lowest" and stage.streamed is not None:
-        return max(once, stage.weights / reading) * stage.times
-    return once * stage.times + (0.0 if mode is None else stage.weights / reading)
-
-
-def memory(parts: Sequence[Stage], mode: str | None = None) -> float:
-    """Return about how many bytes are in use at the worst moment.
-
-    Args:
-        mode: None for all weights and the fullest stage; "low" for the stage that needs most with its own weights;
-            "lowest" for the same with only some blocks of them.
-    """
-    program = 0 if any(stage.device_only for stage in parts) else PROCESS
-    weights = {stage.part: stage.weights for stage in parts}
-    if mode is None:
-        return program + sum(weights.values()) + max(stage.live for stage in parts)
-    together = {"transformer": weights.get("controlnet", 0), "controlnet": weights.get("transformer", 0)}
-
-    def held(stage: Stage) -> float:
-        if mode == "lowest" and stage.streamed is not None:
-            return stage.streamed + stage.live
-        return stage.weights + (together.get(stage.part, 0) if mode == "low" else 0) + stage.live
-
-    return program + max(held(stage) for stage in parts)
 
 
 def _text(shape: TextShape, dtype: str, tokens: int, instruction: bool, guided: bool) -> Stage:
@@ -207,32 +144,45 @@ def _denoise(
 ) -> Stage:
     c: TransformerConfig = card.transformer
     size, n, d = BYTES[dtype], latents // c.patch_size**2, c.inner_dim
-    hidden = int(c.mlp_ratio * d)
-    cross = c.num_cross_attention_heads * c.cross_attention_head_dim
-    self_attention = 2 * n * d * (4 * d + 2 * c.attention_head_dim)  # q k v o; the d x d core of each head, twice
-    cross_attention = 2 * n * cross * (2 * d + 2 * tokens)  # q o; scores and sums; k and v are kept between steps
-    feed_forward = 2 * n * hidden * (3 * d + 18)  # in (twice as wide), out; 3 x 3 depthwise
     ends = 2 * n * c.patch_size**2 * d * (c.in_channels + c.prediction_channels)
-    touched = c.num_layers * n * (TOKEN_TRAFFIC * d + HIDDEN_TRAFFIC * hidden)
-    layer = 8 * d * d + 3 * d * hidden + 18 * hidden
     all_rows = rows + perturbed
     stage = Stage(
         name="denoise",
         dtype=dtype,
-        flops=float(all_rows * (c.num_layers * (self_attention + cross_attention + feed_forward) + ends)),
-        traffic=size * (all_rows * touched + card.params),
+        flops=float(all_rows * (c.num_layers * _layer_flops(c, n, tokens) + ends)),
+        traffic=size * (all_rows * _layers_traffic(c, n) + card.params),
         ops=OPS_PER_LAYER * c.num_layers + 40,
         weights=size * card.params,
-        live=float((rows + (perturbed > 0) * rows / 2) * n * _live_of_token(d, hidden, size, int8)),
+        live=float((rows + (perturbed > 0) * rows / 2) * n * _live_of_token(c, size, int8)),
         times=steps,
-        streamed=size * (card.params - (c.num_layers - 2) * layer),
+        streamed=size * (card.params - (c.num_layers - 2) * _layer_params(c)),
         part="transformer",
     )
-    return _in_int8(stage, c.num_layers * layer, c.num_layers) if int8 else stage
+    return _in_int8(stage, c.num_layers * _layer_params(c), c.num_layers) if int8 else stage
 
 
-def _live_of_token(d: int, hidden: int, size: int, int8: bool) -> float:
+def _layer_flops(c: TransformerConfig | ControlNetConfig, n: int, tokens: int) -> int:
+    """Multiplications and additions of a block, for one row of n image tokens."""
+    d, hidden = c.inner_dim, int(c.mlp_ratio * c.inner_dim)
+    cross = c.num_cross_attention_heads * c.cross_attention_head_dim
+    self_attention = 2 * n * d * (4 * d + 2 * c.attention_head_dim)  # q k v o; the d x d core of each head, twice
+    cross_attention = 2 * n * cross * (2 * d + 2 * tokens)  # q o; scores and sums; k and v are kept between steps
+    return self_attention + cross_attention + 2 * n * hidden * (3 * d + 18)  # in (twice as wide), out; 3 x 3 depthwise
+
+
+def _layers_traffic(c: TransformerConfig | ControlNetConfig, n: int) -> int:
+    """Elements that all blocks read and write, for one row."""
+    return c.num_layers * n * (TOKEN_TRAFFIC * c.inner_dim + HIDDEN_TRAFFIC * int(c.mlp_ratio * c.inner_dim))
+
+
+def _layer_params(c: TransformerConfig | ControlNetConfig) -> int:
+    d, hidden = c.inner_dim, int(c.mlp_ratio * c.inner_dim)
+    return 8 * d * d + 3 * d * hidden + 18 * hidden
+
+
+def _live_of_token(c: TransformerConfig, size: int, int8: bool) -> float:
     """Bytes of a token at the fullest moment of a block, which is in its feed-forward."""
+    d, hidden = c.inner_dim, int(c.mlp_ratio * c.inner_dim)
     return size * (TOKEN_LIVE * d + (INT8_HIDDEN_LIVE if int8 else HIDDEN_LIVE) * hidden)
 
 
@@ -246,22 +196,44 @@ def _in_int8(stage: Stage, params: int, blocks: int) -> Stage:
     )
 
 
-def _control(card: Card, base: Stage, count: int, perturbed: float) -> Stage:
-    """Control networks: copies of the first blocks, for the rows that are not perturbed."""
-    c = card.transformer
-    part = min(1.0, CONTROL_BLOCKS / c.num_layers)
-    d, size = c.inner_dim, BYTES[base.dtype]
-    rows = count / (1 + perturbed)
-    latents = base.live / _live_of_token(d, int(c.mlp_ratio * d), size, False)
-    return dataclasses.replace(
-        base,
+def usual_control(c: TransformerConfig) -> ControlNetConfig:
+    """Return a control network of the usual number of blocks for a transformer."""
+    shared = {name: value for name, value in c.to_dict().items() if name in ControlNetConfig.__dataclass_fields__}
+    return ControlNetConfig(**{**shared, "num_layers": min(ControlNetConfig().num_layers, c.num_layers - 1)})
+
+
+def control_params(c: ControlNetConfig) -> int:
+    """Return about how many weights a control network has."""
+    d = c.inner_dim
+    ends = d * (c.caption_channels + 9 * d + TIME_CHANNELS + c.in_channels * c.patch_size**2)  # caption, time, tokens
+    return c.num_layers * (_layer_params(c) + d * d) + ends
+
+
+def _control(
+    networks: Sequence[ControlNetConfig], controls: int, base: Stage, latents: int, rows: int, tokens: int
+) -> Stage:
+    """Control networks: copies of the first blocks with a projection each, for the rows that are not perturbed.
+
+    Several controls have a network each, or all the same. Without controls the weights are there and do nothing.
+    """
+    size = BYTES[base.dtype]
+    used = [networks[i % len(networks)] for i in range(controls)]
+    flops = traffic = residuals = 0
+    for c in used:
+        n, d = latents // c.patch_size**2, c.inner_dim
+        flops += rows * c.num_layers * (_layer_flops(c, n, tokens) + 2 * n * d * d)
+        traffic += size * (rows * _layers_traffic(c, n) + control_params(c))
+        residuals += size * rows * n * d * c.num_layers
+    return Stage(
         name="control",
-        flops=base.flops * part * rows,
-        traffic=base.traffic * part * rows,
-        ops=int(base.ops * part) * count,
-        weights=int(size * card.params * part),
-        streamed=None,
-        live=base.live + count * CONTROL_BLOCKS * d * latents * size,
+        dtype=base.dtype,
+        flops=float(flops),
+        traffic=traffic,
+        ops=sum(OPS_PER_LAYER * c.num_layers for c in used),
+        weights=size * sum(control_params(c) for c in networks),
+        live=base.live + residuals if controls else 0.0,
+        times=base.times if controls else 0,
+        streamed=size * sum(control_params(c) - max(c.num_layers - 2, 0) * _layer_params(c) for c in networks),
         part="controlnet",
     )
 
@@ -357,7 +329,8 @@ def _wait(device: str) -> None:
 
 _NUMBER = re.compile(r"\d+")
 LEAST_CALLS = 8
-CONTROL_BLOCKS = 7
+TIME_CHANNELS = 256
+"""Width of the sines that tell the time."""
 ENCODE_SHARE = 0.62
 """Work of the encoder in that of the decoder."""
 DEFAULT_STRENGTH = 0.6
@@ -380,5 +353,3 @@ STREAM_ROOM, STREAM_SHARE = 275_000_000, 0.254
 """Elements in use while a picture is decoded in strips: always, and of its outermost map; measured at 2048, 4096 px."""
 STREAMED_PIXELS = 2 << 20
 """From here on the decoder works in strips (`models.dc_ae`, which is not imported here: it needs torch)."""
-SHARES = {"float32": 0.9, "bfloat16": 0.6, "float16": 0.6}
-"""What part of the speed of a large multiplication the layers reach, convolutions and small ones among them."""

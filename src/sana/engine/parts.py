@@ -1,7 +1,6 @@
 """The loaded parts of a model, held together, and the way from a name to them."""
 
 import dataclasses
-import logging
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,22 +15,17 @@ from sana.cards import CARDS, Card
 from sana.checkpoints import hub
 from sana.checkpoints.folder import COMPONENTS, OPTIONAL, DtypeChoice, load_parts
 from sana.checkpoints.hub import Located, is_built_in
-from sana.checkpoints.layout import MODEL_INDEX, read_json
 from sana.checkpoints.original.loading import base_folder, load_single_file
 from sana.engine.adapters import Adapters
 from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint
+from sana.engine.model_card import card_in, fitting
 from sana.engine.placement import WEIGHTED, Placement, modules_of, offload, pick_device, spread
-from sana.engine.sparing import check_memory, sparing
-from sana.errors import CheckpointError, InvalidInput, did_you_mean
+from sana.engine.sparing import Plan, check_memory, sparing
+from sana.errors import CheckpointError, InvalidInput
 from sana.memory.quantize import noted, quantize
 from sana.memory.quantize_configs import for_parts, name_of
 from sana.text.gemma import PromptEncoder
-
-_log = logging.getLogger(__name__)
-
-CARD_KEY = "_sanakit_card"
-"""Key of `model_index.json` that names the card of a model; other readers skip it because of the underscore."""
 
 
 @dataclass
@@ -244,6 +238,7 @@ def load(
     quantization_config: Any = None,
     memory: str | None = None,
     max_memory: int | None = None,
+    plan: Plan | None = None,
     **components: Any,
 ) -> Parts:
     """Load a model by short name, folder, hub id, or one file of the original layout.
@@ -257,8 +252,9 @@ def load(
             (as stored), or a mapping from part names.
         quantization_config: see `memory.quantize_configs`: one for transformer and text encoder, or by part names.
         memory: None has all parts on the device all the time, "low" and "lowest" save memory (see `placement`), "auto"
-            takes the first of these that fits into the free memory.
+            takes the first of these with which `plan` fits into the free memory.
         max_memory: bytes of the device that "auto" may count on, in place of what is free.
+        plan: what "auto" is to make room for; None means one picture of the model's own size.
         components: parts taken as they are instead of being loaded.
 
     Raises:
@@ -266,7 +262,7 @@ def load(
         CheckpointError: the files are damaged or describe something else.
         InvalidInput: an argument is unknown or impossible.
     """
-    check_memory(memory, max_memory)
+    check_memory(memory, max_memory, plan)
     places = spread(device, (*COMPONENTS, *OPTIONAL))
     where: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     located = hub.locate(
@@ -280,7 +276,7 @@ def load(
         **where,
     )
     if located.file is not None:
-        more = {"memory": memory, "max_memory": max_memory, "quantization_config": quantization_config}
+        more = {"memory": memory, "max_memory": max_memory, "plan": plan, "quantization_config": quantization_config}
         return _from_file(located, device, dtype, components, {**where, **more})
     card = located.card or card_in(located.folder)
     files: dict[str, Any] = {"variant": located.variant, "use_safetensors": use_safetensors}
@@ -296,7 +292,7 @@ def load(
             commit=located.commit,
         )
 
-    return read(places) if memory is None else sparing(read, memory, max_memory, places)
+    return read(places) if memory is None else sparing(read, memory, max_memory, places, plan)
 
 
 def _from_file(
@@ -357,37 +353,3 @@ def multiplies_bfloat16() -> bool:
     """Tell whether this CPU multiplies bfloat16 in hardware, with AMX or AVX512-BF16; elsewhere float32 is faster."""
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
-
-
-def card_in(folder: Path) -> Card | None:
-    """Return the card that the `model_index.json` of a folder names, or None.
-
-    Raises:
-        CheckpointError: it names a card that this version does not know.
-    """
-    name = read_json(folder / MODEL_INDEX).get(CARD_KEY)
-    if name is None:
-        return None
-    if name not in CARDS:
-        hint = did_you_mean(str(name), CARDS)
-        raise CheckpointError(
-            f"{MODEL_INDEX} names the card {name!r}, which this version does not know.{hint} Update sanakit."
-        )
-    return CARDS[name]
-
-
-def fitting(card: Card | None, transformer: Any) -> Card | None:
-    """Return the card if the transformer has the architecture it describes, else None: its rules would mislead."""
-    if card is None or transformer is None:
-        return card
-    given = getattr(transformer, "config", None)
-    if given is not None and all(given[key] == value for key, value in _architecture(card).items()):
-        return card
-    _log.warning(
-        "the transformer is not the one of the card %s; the card's limits and defaults are not used", card.name
-    )
-    return None
-
-
-def _architecture(card: Card) -> dict[str, Any]:
-    return {f.name: getattr(card.transformer, f.name) for f in dataclasses.fields(card.transformer)}

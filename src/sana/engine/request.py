@@ -356,6 +356,9 @@ class Result:
     warnings: Sequence[str] = ()
     """What the user should know about this run, for example that memory ran out and the decoder worked in tiles."""
 
+    selection: Sequence[Mapping[str, Any]] = ()
+    """For each picture how it was chosen among candidates, where it was; goes into the files."""
+
     @property
     def image(self) -> "Image":
         """The first picture."""

@@ -2,14 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sana.cards import Card
 from sana.checkpoints.origins import origin_of
-from sana.config import AutoencoderConfig, TransformerConfig
+from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
 from sana.engine import estimate
 from sana.engine.placement import MODES, WEIGHTED, free_memory, modules_of, offload
 from sana.engine.request import Request
@@ -23,25 +24,46 @@ AUTO = "auto"
 _log = logging.getLogger(__name__)
 
 
-def check_memory(memory: str | None, max_memory: int | None) -> None:
-    """Raise InvalidInput for a mode or a limit that means nothing."""
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What memory mode "auto" is to make room for."""
+
+    requests: Sequence[Request] | Callable[[Card], Sequence[Request]] = ()
+    """What will be drawn, or what tells it by the model's card; nothing means one picture of the model's own size."""
+    controlnet: ControlNetConfig | None = None
+    """A control network that will be attached in place of the model's own."""
+
+    def of(self, card: Card) -> Sequence[Request]:
+        """Return the requests."""
+        return (self.requests(card) if callable(self.requests) else self.requests) or (Request(prompt="x"),)
+
+
+def check_memory(memory: str | None, max_memory: int | None, plan: Plan | None = None) -> None:
+    """Raise InvalidInput for a mode, a limit or a plan that means nothing."""
     if memory is not None and memory not in (AUTO, *MODES):
         hint = did_you_mean(str(memory), (AUTO, *MODES))
         raise InvalidInput(f"`memory` is {memory!r}.{hint} Choose auto, low or lowest, or leave it out.")
     if max_memory is not None and memory != AUTO:
         raise InvalidInput(f"`max_memory` has no effect with `memory` {memory!r}. It guides 'auto' only: drop one.")
+    if plan is not None and memory != AUTO:
+        raise InvalidInput(f"`plan` has no effect with `memory` {memory!r}. It is for 'auto' only: drop one.")
     if max_memory is not None and max_memory <= 0:
         raise InvalidInput(f"`max_memory` is {max_memory}. Give a number of bytes above 0.")
 
 
 def sparing(
-    read: Callable[[Any], "Parts"], memory: str, max_memory: int | None, places: Mapping[str, torch.device]
+    read: Callable[[Any], "Parts"],
+    memory: str,
+    max_memory: int | None,
+    places: Mapping[str, torch.device],
+    plan: Plan | None = None,
 ) -> "Parts":
     """Load a model in a memory mode.
 
     Args:
         read: loads to the devices it is given; to "meta" it reads no weights.
         places: the device of each part.
+        plan: what "auto" is to make room for.
 
     Raises:
         InvalidInput: the parts are to be on several devices, or cannot be read piece by piece.
@@ -55,7 +77,7 @@ def sparing(
         assert skeleton is not None
         free = free_memory(device)
         limit = max_memory if max_memory is not None else free
-        mode = first_that_fits(needs(skeleton, device), limit)
+        mode = first_that_fits(needs(skeleton, device, plan or Plan()), limit)
         _log.info("memory: %s, of %s bytes", mode or "all parts stay", limit)
     if mode is None:
         return read(places)
@@ -69,12 +91,24 @@ def sparing(
     return parts
 
 
-def needs(parts: "Parts", device: torch.device) -> dict[str | None, float]:
-    """Return about how many bytes of the device a picture of the model's own size takes in each mode; None: no mode."""
+def needs(parts: "Parts", device: torch.device, plan: Plan | None = None) -> dict[str | None, float]:
+    """Return about how many bytes of the device the largest request of a plan takes in each mode; None: no mode."""
     card, dtypes, text, quantized = described(parts)
-    settings = Request(prompt="x").resolve(card)
-    told = estimate.stages(card, settings, dtypes, text=text, quantized=quantized, accelerator=device.type != "cpu")
-    return {mode: estimate.memory(told, mode) for mode in (None, *MODES)}
+    plan = plan or Plan()
+    own = [network.config for network in parts.controlnets]
+    told = [
+        estimate.stages(
+            card,
+            request.resolve(card),
+            dtypes,
+            text=text,
+            quantized=quantized,
+            accelerator=device.type != "cpu",
+            controlnets=own if plan.controlnet is None else [plan.controlnet],
+        )
+        for request in plan.of(card)
+    ]
+    return {mode: max(estimate.memory(stages, mode) for stages in told) for mode in (None, *MODES)}
 
 
 def described(parts: "Parts") -> tuple[Card, dict[str, str], estimate.TextShape | None, list[str]]:

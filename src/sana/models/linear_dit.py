@@ -270,7 +270,7 @@ class LinearDiT(nn.Module):
         caption, N(0, 1/D) for the modulation tables.
         """
         for module in self.modules():
-            _init_module(module, generator)
+            init_module(module, generator)
         for embedder in (self.time_embed, self.caption_projection):
             for module in embedder.modules():
                 if isinstance(module, nn.Linear):
@@ -317,7 +317,8 @@ def pag_layers(transformer: nn.Module, patterns: str | Sequence[str]) -> tuple[i
     return tuple(sorted(found))
 
 
-def _init_module(module: nn.Module, generator: torch.Generator | None) -> None:
+def init_module(module: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw the weights of a single layer as for training from scratch; containers are left to their layers."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight, generator=generator)
         if module.bias is not None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana.errors import InvalidInput
+from sana.nn.inference import autocast_dtype
 
 _SIDES = "lora_sides"
 
@@ -164,7 +165,12 @@ class _Side:
         if update.magnitude is not None:
             gain = _gain(layer, update, self.scale)
             out = _scaled(out, gain.to(out.dtype), layer.bias)
-        hidden = _project(layer, x.to(update.down.dtype), update.down) * self.scale
+        # What autocast will narrow need not be widened before.
+        entered = x.to(autocast_dtype(x.device.type) or update.down.dtype)
+        hidden = _project(layer, entered, update.down) * self.scale
+        if gain is None and update.bias is None and not _is_conv(layer) and hidden.dtype == out.dtype:
+            rows = torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), update.up.to(out.dtype).t())
+            return rows.view(out.shape)
         delta = _raise(layer, hidden, update.up)
         delta = delta if gain is None else delta * _shaped(gain, layer)
         if update.bias is not None:

@@ -3,19 +3,18 @@
 Shapes: B batch, N tokens, D width, T text length, A heads, K head width.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana.nn.caption_attention import caption_attention
+from sana.nn.inference import as_autocast
+from sana.nn.linear_attention import linear_attention
 from sana.nn.norms import RMSNorm
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of the caption for one block, each [B, A, T, K]."""
 
-# The epsilon inside the published linear attention: it only decides that a query without positive part gives 0.
-LINEAR_EPS = 1e-15
 NORM_EPS = 1e-5
 MASKED = -10000.0
 HALF_MAX = 65504.0
@@ -35,37 +34,6 @@ def head_norm(kind: str | None, dim: int) -> nn.Module | None:
     if kind == "rms_norm_across_heads":
         return RMSNorm(dim, eps=NORM_EPS)
     return nn.LayerNorm(dim, eps=NORM_EPS) if kind == "layer_norm_across_heads" else L2Norm()
-
-
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    # Several projections read the same x: under autocast each of them would convert it again.
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
-def _by_head(x_BNAK: Tensor) -> Tensor:
-    # One pass converts and reorders; the batched products would otherwise copy again. Always a new tensor.
-    return x_BNAK.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
-def linear_attention(q_BNAK: Tensor, k_BNAK: Tensor, v_BNAK: Tensor) -> Tensor:
-    """ReLU linear attention in float32: out_n = q_n (sum_m k_m v_m) / (q_n sum_m k_m + eps), all [B, N, A, K].
-
-    Half precision cannot hold the sums, so neither the caller's dtype nor autocast reaches inside.
-    Source: arXiv 2410.10629, eq. 2 and 3.
-    """
-    with _no_autocast(q_BNAK.device.type):
-        # The sign survives the conversion, so the ReLU can work in place on the converted copy.
-        q, k, v = _by_head(q_BNAK).relu_(), _by_head(k_BNAK).relu_(), _by_head(v_BNAK)
-        summary = torch.cat([k.transpose(2, 3) @ v, k.sum(dim=2).unsqueeze(-1)], dim=-1)
-        out = q @ summary
-        return (out[..., :-1] / (out[..., -1:] + LINEAR_EPS)).transpose(1, 2)
 
 
 def text_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +68,7 @@ class LinearSelfAttention(nn.Module):
         With `split` the passing rows are a copy of the last ones, and come out behind them: B rows in, B + `passing`
         out. Source: the identity attention of perturbed-attention guidance, arXiv 2403.17377, eq. 14.
         """
-        x = _as_autocast(x_BND)
+        x = as_autocast(x_BND)
         v = self.to_v(x)
         attending = len(x) if split else len(x) - passing
         groups = [self._mix(x[:attending], v[:attending])] if attending else []
@@ -138,7 +106,7 @@ class CrossAttention(nn.Module):
 
     def key_value(self, caption_BTD: Tensor) -> KeyValue:
         """Project the caption: [B, T, D] -> keys and values [B, A, T, K]."""
-        caption = _as_autocast(caption_BTD)
+        caption = as_autocast(caption_BTD)
         k, v = self.to_k(caption), self.to_v(caption)
         if self.norm_k is not None:
             k = self.norm_k(k).to(v.dtype)  # under autocast a norm answers in float32
@@ -146,9 +114,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, kv: KeyValue, bias_B11T: Tensor | None) -> Tensor:
         """Read the caption with the tokens as queries: [B, N, D] -> [B, N, D]."""
-        q = self.to_q(x_BND)
+        q = self.to_q(as_autocast(x_BND))
         if self.norm_q is not None:
             q = self.norm_q(q).to(kv[1].dtype)
-        mixed = F.scaled_dot_product_attention(self._split(q), kv[0], kv[1], attn_mask=bias_B11T)
+        mixed = caption_attention(self._split(q), kv[0], kv[1], bias_B11T)
         out: Tensor = self.to_out[1](self.to_out[0](mixed.transpose(1, 2).flatten(2)))
         return out

@@ -1,4 +1,4 @@
-"""When a module may take a faster way that is only right in plain inference on a CPU."""
+"""When a module may take a faster way that is only right on a CPU, in plain inference or in plain training."""
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,29 @@ def lean(x: Tensor) -> bool:
 def inference(x: Tensor) -> bool:
     """Whether `x` is computed on a CPU without gradients or autocast, be it step by step or compiled."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def learning(*tensors: Tensor) -> bool:
+    """Whether gradients of these will be asked for on a CPU, in plain reverse mode, so they may be written by hand."""
+    return (
+        torch.is_grad_enabled()
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and any(tensor.requires_grad for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of autocast on a kind of device, or None where it is off."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return `x` in the dtype of autocast, if it is on: each of several layers would convert the same `x` again."""
+    return x.to(autocast_dtype(x.device.type) or x.dtype)
 
 
 def bare(dtype: torch.dtype, *layers: nn.Module) -> bool:

@@ -4,12 +4,14 @@ Shapes: B batch, C input channels, O output channels, F hidden channels, H W ima
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana.nn.inference import bare, inference
+from sana.nn.inference import autocast_dtype, bare, inference, learning
+from sana.nn.mixffn_gradient import MixRows
 from sana.nn.norms import ChannelRMSNorm
 
 # Measured with AMX: a half-precision product with more columns reorders its weight at a third of its own cost, and
@@ -38,6 +40,8 @@ class GLUMBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._by_rows(x):
             out = self._mix_rows(x)
+        elif self._by_gradient(x):
+            out = self._learn_rows(x)
         else:
             hidden = self.conv_depth(F.silu(self.conv_inverted(x)))
             value, gate = hidden.chunk(2, dim=1)
@@ -52,6 +56,21 @@ class GLUMBConv(nn.Module):
             and x.is_contiguous(memory_format=torch.channels_last)
             and bare(x.dtype, self.conv_inverted, self.conv_depth, self.conv_point)
         )
+
+    def _by_gradient(self, x: Tensor) -> bool:
+        return (
+            learning(x, *self.parameters())
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and (x.dtype == self.conv_inverted.weight.dtype or autocast_dtype("cpu") is not None)
+            and bare(self.conv_inverted.weight.dtype, self.conv_inverted, self.conv_depth, self.conv_point)
+        )
+
+    def _learn_rows(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype("cpu") or x.dtype
+        layers = (self.conv_inverted, self.conv_depth)
+        weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        ranges = slices(self.conv_point.in_channels, dtype)
+        return cast(Tensor, MixRows.apply(x, *weights, self.conv_point.weight, dtype, ranges))  # type: ignore[no-untyped-call]
 
     def _mix_rows(self, x: Tensor) -> Tensor:
         """Run the three convolutions on rows of pixels, [B, C, H, W] -> [B, O, H, W], both channels last.

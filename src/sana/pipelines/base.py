@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 import torch
 
 from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, OPTIONAL, DtypeChoice, save_parts
-from sana.engine.parts import CARD_KEY, Parts, fitting, load
+from sana.engine.model_card import CARD_KEY, fitting
+from sana.engine.parts import Parts, load
 from sana.engine.placement import pick_device
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
 

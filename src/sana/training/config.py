@@ -1,11 +1,12 @@
 """Recipes: a TOML file says what is trained, on what, for how long; every key can be overridden on the command
 line.
 
-A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]` and one named after its
-objective, whose keys are the fields of that objective's own settings.
+A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]`, where two players take turns
+`[discriminator_optimizer]`, and one named after its objective, whose keys are the fields of that objective's settings.
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,10 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
 T = TypeVar("T")
+
+NAMES = ("adamw", "muon", "came", "adamw8bit")
+TRACKERS = ("tensorboard", "wandb")
+SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,12 @@ class RunSettings:
     """CPU threads of this process. One is the fastest per core when anything else runs on the machine."""
     compile: bool = False
     accumulate: int = 1
+    checkpointing: bool = False
+    """Compute the inside of each block again on the way back instead of keeping it: less memory, a third slower."""
+    shard: bool = False
+    """Split weights, gradients and optimiser states over the processes (FSDP2) instead of copying them (DDP)."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it stops."""
     ema: float = 0.999
     """Decay of the averaged weights (warmed up as (1 + k) / (10 + k)); 0 switches averaging off."""
     log_every: int = 20
@@ -39,6 +50,10 @@ class RunSettings:
     evaluate_every: int = 500
     max_non_finite: int = 20
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    export: str = "last"
+    """What is exported: the last (averaged) weights, or the best by the watched figure."""
+    report: tuple[str, ...] = ()
+    """Where the log goes beside `metrics.jsonl` and `report.html`: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
@@ -47,31 +62,62 @@ class RunSettings:
                 raise InvalidInput(f"run.{name} must be at least 1, but is {getattr(self, name)}.")
         if not 0 <= self.ema < 1:
             raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
+        if self.export not in ("last", "best"):
+            raise InvalidInput(f"run.export must be last or best, but is '{self.export}'.")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidInput(f"run.timeout must be positive, but is {self.timeout}.")
+        for name in self.report:
+            if name not in TRACKERS:
+                raise InvalidInput(f"run.report may name {' and '.join(TRACKERS)}, but not '{name}'.")
         if self.precision not in ("auto", "bf16", "float32"):
             raise InvalidInput(f"run.precision must be auto, bf16 or float32, but is '{self.precision}'.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, or Muon for the matrices and AdamW for the rest."""
+    """Which optimiser, and how fast."""
 
     name: str = "adamw"
+    """adamw, muon (for inner matrices; AdamW for the rest), came, or adamw8bit."""
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
+    scale_lr: bool = False
+    """Multiply `lr` by sqrt(samples in a step / 256), samples of all processes and micro-batches counted."""
+    betas: tuple[float, ...] = ()
+    """Two numbers, three for came; empty takes the optimiser's own: 0.9, 0.99 or 0.9, 0.999, 0.9999."""
+    eps: tuple[float, ...] = ()
+    """One number, two for came; empty takes the optimiser's own: 1e-8 or 1e-30, 1e-16."""
     weight_decay: float = 0.0
     warmup: int = 100
+    schedule: str = "linear"
+    """What follows the warm-up: constant, or constant and then a linear or cosine tail to a hundredth."""
     decay_share: float = 0.4
-    """The last share of the steps over which the rate falls linearly to a hundredth."""
+    """The last share of the steps over which the rate falls; 1 is a tail from the first step to the last."""
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse unknown optimisers and rates that cannot train."""
-        if self.name not in ("adamw", "muon"):
-            raise InvalidInput(f"optimizer.name must be adamw or muon, but is '{self.name}'.")
-        if not self.lr > 0:
-            raise InvalidInput(f"optimizer.lr must be positive, but is {self.lr}.")
+        for field_name, choices in (("name", NAMES), ("schedule", SCHEDULES)):
+            value = getattr(self, field_name)
+            if value not in choices:
+                raise InvalidInput(
+                    f"optimizer.{field_name} must be {', '.join(choices[:-1])} or {choices[-1]}, but is '{value}'."
+                )
+        for field_name in ("lr", "clip"):
+            if not 0 < getattr(self, field_name) < math.inf:
+                raise InvalidInput(f"optimizer.{field_name} must be positive, but is {getattr(self, field_name)}.")
         if not 0 <= self.decay_share <= 1:
             raise InvalidInput(f"optimizer.decay_share must lie in [0, 1], but is {self.decay_share}.")
+        if self.schedule == "constant" and self.decay_share not in (0, OptimizerSettings.decay_share):
+            raise InvalidInput(
+                "optimizer.decay_share has no effect with schedule = 'constant'; remove it, or choose linear or cosine."
+            )
+        for field_name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, field_name) < math.inf:
+                raise InvalidInput(f"optimizer.{field_name} must not be negative, but is {getattr(self, field_name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidInput(f"optimizer.betas must lie in [0, 1), but are {list(self.betas)}.")
+        if not all(eps > 0 for eps in self.eps):
+            raise InvalidInput(f"optimizer.eps must be positive, but is {list(self.eps)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +128,8 @@ class Recipe:
     run: RunSettings
     optimizer: OptimizerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
+    discriminator_optimizer: OptimizerSettings | None = None
+    """For the second player of an objective that has two; without it both have the settings of `optimizer`."""
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -113,15 +161,19 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _override(tables: dict[str, Any], key: str, text: str) -> None:
-    """Set `table.key` from its TOML spelling; a bare word counts as a string."""
-    table, _, name = key.partition(".")
-    if not name:
-        raise InvalidInput(f"An override is named table.key, for example run.steps; '{key}' has no dot.")
+    """Set `table.key`, or a key of a table inside, from its TOML spelling; a bare word counts as a string."""
+    *path, name = key.split(".")
+    if not path or not all((*path, name)):
+        raise InvalidInput(f"An override is named table.key, for example run.steps; '{key}' is not.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    tables.setdefault(table, {})[name] = value
+    for part in path:
+        tables = tables.setdefault(part, {})
+        if not isinstance(tables, dict):
+            raise InvalidInput(f"The override {key} goes into '{part}', which is no table.")
+    tables[name] = value
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
@@ -137,13 +189,17 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         raise InvalidInput(f"'{path}' does not say what to train: add objective = \"...\" as its first line.")
     for key, text in (overrides or {}).items():
         _override(tables, key, text)
-    known = {"objective", "run", "optimizer", objective}
+    known = {"objective", "run", "optimizer", "discriminator_optimizer", objective}
     for name in tables:
         if name not in known:
             raise InvalidInput(f"'{path}' has an unknown table [{name}].{did_you_mean(name, known)}")
+    second = tables.get("discriminator_optimizer")
     return Recipe(
         objective=objective,
         run=build(RunSettings, tables.get("run", {}), "run"),
         optimizer=build(OptimizerSettings, tables.get("optimizer", {}), "optimizer"),
         settings=tables.get(objective, {}),
+        discriminator_optimizer=(
+            None if second is None else build(OptimizerSettings, second, "discriminator_optimizer")
+        ),
     )

@@ -16,7 +16,8 @@ from sana.checkpoints.lora.writing import model_spec, save_lora
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.storage import publish
 from sana.checkpoints.tensors import read_header
-from sana.engine.parts import CARD_KEY, load
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
 from sana.training.trainables import ControlTrainable, FullTrainable, LoraTrainable, Trainable
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -82,7 +83,7 @@ def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path
 
 def stored_dtypes(start: str) -> dict[str, torch.dtype]:
     """Return the dtype in which a folder or hub model stores each part; nothing for a single file."""
-    located = locate(start)
+    located = locate(start, single=True)
     if located.file is not None:
         return {}
     found: dict[str, torch.dtype] = {}

@@ -9,7 +9,7 @@ from sana.training.dataset_batches import DatasetBatches, PriorBatches
 from sana.training.dataset_features import DatasetFeatures
 from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, table
 from sana.training.origins import ModelOrigin
-from sana.training.start import device_of
+from sana.training.processes import device_of
 
 
 def features_of(recipe: Recipe, name: str) -> list[DatasetFeatures]:

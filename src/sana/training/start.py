@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from sana.errors import InvalidInput, did_you_mean
-from sana.training.config import Recipe, RunSettings, build
+from sana.training.config import Recipe, build
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
+from sana.training.objectives.base import Objective
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
+from sana.training.processes import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +30,6 @@ class Kind:
     objective: type[Any]
     folders: tuple[str, ...] = ()
     """Settings that name folders."""
-
-
-def device_of(run: RunSettings) -> torch.device:
-    """The device that the settings name; auto takes the accelerator that is there, else the CPU."""
-    if run.device != "auto":
-        try:
-            return torch.device(run.device)
-        except RuntimeError as error:
-            raise InvalidInput(f"run.device must be auto, cpu, cuda or mps, but is '{run.device}'.") from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
 
 
 def start(recipe: Recipe, folder: Path) -> Trainer:
@@ -58,8 +49,20 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
     settings = dataclasses.replace(
         settings, **{name: os.path.normpath(folder / value) for name, value in named.items() if value}
     )
-    objective = kind.objective(settings, recipe.run, device)
-    return Trainer(objective, recipe.run, recipe.optimizer, folder)
+
+    def make() -> Objective:
+        made: Objective = kind.objective(settings, recipe.run, device)
+        return made
+
+    return Trainer(
+        make(),
+        recipe.run,
+        recipe.optimizer,
+        folder,
+        recipe.discriminator_optimizer,
+        settings=recipe.settings,
+        rebuild=make,
+    )
 
 
 OBJECTIVES: dict[str, Kind] = {

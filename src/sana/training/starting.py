@@ -9,11 +9,14 @@ import torch
 from sana.cards import Card
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import COMPONENTS
+from sana.checkpoints.hub import locate
+from sana.checkpoints.original.loading import base_folder
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.parts import Parts, load
 from sana.errors import CheckpointError, InvalidInput
 from sana.text.gemma import PromptEncoder
 
+ENCODERS = ("text_encoder", "tokenizer", "vae")
 NEW_TENSORS = ("norm_q.weight", "norm_k.weight")
 """Last parts of the names of tensors that a changed configuration may add; they start at 1 and change nothing much."""
 
@@ -27,8 +30,10 @@ class StartModel:
 
     def parts(self, *names: str, dtype: Any) -> Parts:
         """Load these parts alone."""
-        absent: dict[str, Any] = {name: None for name in COMPONENTS if name not in (*names, "scheduler")}
-        return load(self.name, device=self.device, dtype=dtype, **absent)
+        return load(self.name, device=self.device, dtype=dtype, **_without(names))
+
+    def _encoders(self, *names: str, dtype: Any) -> Parts:
+        return load(self.home, device=self.device, dtype=dtype, **_without(names))
 
     @functools.cached_property
     def card(self) -> Card | None:
@@ -77,7 +82,7 @@ class StartModel:
     @functools.cached_property
     def autoencoder(self) -> AutoencoderDC:
         """The autoencoder in float32, frozen."""
-        vae: Any = self.parts("vae", dtype={"vae": torch.float32}).vae
+        vae: Any = self._encoders("vae", dtype={"vae": torch.float32}).vae
         if vae is None:
             raise CheckpointError(f"{self.name} has no autoencoder; start from a whole model.")
         return vae.requires_grad_(False)  # type: ignore[no-any-return]
@@ -97,14 +102,29 @@ class StartModel:
             self.__dict__.pop(name, None)
 
     @functools.cached_property
-    def folder(self) -> Path:
-        """The folder of the model.
+    def home(self) -> str:
+        """The model that the encoders come from: this one, or that of a single file.
 
-        Errors: InvalidInput for a single file.
+        Errors: CheckpointError for a file of an architecture that no published model has.
         """
-        from sana.checkpoints.hub import locate
+        located = locate(self.name, parts=ENCODERS, single=True)
+        if located.file is None:
+            return self.name
+        around = base_folder(located)
+        if around is not None:
+            return str(around)
+        if self.card is None:
+            raise CheckpointError(
+                f"{self.name} has an architecture that no published model has, so its encoders are unknown; put it"
+                " into the folder of its model."
+            )
+        return self.card.base or self.card.name
 
-        located = locate(self.name)
-        if located.file is not None:
-            raise InvalidInput(f"{self.name} is a single file; convert it first: sana convert {self.name} FOLDER.")
-        return located.folder
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder in which the encoders lie."""
+        return locate(self.home, parts=ENCODERS).folder
+
+
+def _without(names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: None for name in COMPONENTS if name not in (*names, "scheduler")}

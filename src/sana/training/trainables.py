@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.errors import InvalidInput, did_you_mean
@@ -35,13 +34,6 @@ class Trainable(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def _attention(device: torch.device) -> Iterator[None]:
-    # On CPUs the fused kernel's backward pass is the slowest part of the network; the plain formula is not.
-    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
-        yield
-
-
 class FullTrainable:
     """All weights of the transformer."""
 
@@ -52,8 +44,7 @@ class FullTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        with _attention(x.device):
-            out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
+        out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
 
 
@@ -116,8 +107,7 @@ class LoraTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        with _attention(x.device):
-            out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
+        out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
 
     @contextlib.contextmanager
@@ -171,7 +161,7 @@ class ControlSettings:
     """The `[flow_matching.control]` table of a recipe."""
 
     kind: str = "canny"
-    """What control pictures show: canny, scribble, soft-edge, hed or depth; or map, where the data bring their own."""
+    """What control pictures show: canny, scribble, soft-edge, ink, hed or depth; or map, where the data bring them."""
     blocks: int = 7
     """How many of the transformer's first blocks are copied."""
     wiring: Wiring = "diffusers"
@@ -216,21 +206,20 @@ class ControlTrainable:
         assert batch.control is not None
         network, base = self.network, self.transformer
         native = self.wiring == "native"
-        with _attention(x.device):
-            kv = network.cross_attention_kv(network.encode_caption(batch.embeds))
-            condition = network.condition(batch.control, positions=not native)
-            # In diffusers' wiring the branch is told the plain time, without the factor of the transformer.
-            told = timesteps if native else timesteps / base.config.timestep_scale
-            modulation, grid = network.modulation(told), network.grid(x)
+        kv = network.cross_attention_kv(network.encode_caption(batch.embeds))
+        condition = network.condition(batch.control, positions=not native)
+        # In diffusers' wiring the branch is told the plain time, without the factor of the transformer.
+        told = timesteps if native else timesteps / base.config.timestep_scale
+        modulation, grid = network.modulation(told), network.grid(x)
 
-            def residuals(tokens: Tensor) -> tuple[Tensor, ...]:
-                return network.residuals(tokens + condition, grid, modulation, kv, batch.mask)
+        def residuals(tokens: Tensor) -> tuple[Tensor, ...]:
+            return network.residuals(tokens + condition, grid, modulation, kv, batch.mask)
 
-            own = base.cross_attention_kv(base.encode_caption(batch.embeds))
-            joined: dict[str, Any] = (
-                {"branch": residuals} if native else {"controlnet_block_samples": residuals(network.embed(x))}
-            )
-            return base.denoise(x, base.modulation(timesteps), own, batch.mask, **joined)
+        own = base.cross_attention_kv(base.encode_caption(batch.embeds))
+        joined: dict[str, Any] = (
+            {"branch": residuals} if native else {"controlnet_block_samples": residuals(network.embed(x))}
+        )
+        return base.denoise(x, base.modulation(timesteps), own, batch.mask, **joined)
 
 
 TRAINABLES: dict[str, Callable[..., Trainable]] = {

@@ -174,7 +174,7 @@ VERBS = {
     "info": Verb("sana.apps.cli.verbs.info", "show how a picture was made, without loading a model"),
     "replay": Verb("sana.apps.cli.verbs.replay", "draw a picture again and compare every pixel"),
     "decode": Verb("sana.apps.cli.verbs.decode", "make pictures from latents that were saved"),
-    "models": Verb("sana.apps.cli.verbs.models", "list the models, fetch, check or remove one"),
+    "models": Verb("sana.apps.cli.verbs.models", "list the models; fetch, check, remove, grow or prune one"),
     "convert": Verb("sana.apps.cli.verbs.convert", "turn a checkpoint into another form"),
     "lora": Verb("sana.apps.cli.verbs.lora", "tell about an adapter, convert it, or merge it into a model"),
     "dataset": Verb("sana.apps.cli.verbs.dataset", "check, pack, caption, score and encode a data set, look at it"),

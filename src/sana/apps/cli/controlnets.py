@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sana.apps.cli.machine import introduce
 from sana.apps.cli.output import Terminal
 from sana.cards import CARDS, Card
 from sana.checkpoints import library
+from sana.checkpoints.layout import read_json
+from sana.config import ControlNetConfig
 from sana.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -24,10 +26,7 @@ def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
         InvalidInput: it is a model without a control network.
         ModelNotFound, CheckpointError: it is not to be had, or broken.
     """
-    card = None if Path(name).expanduser().is_dir() else library.card_of(name)
-    if card is not None and card.controlnet is None:
-        known = ", ".join(one.name for one in CARDS.values() if one.controlnet is not None)
-        raise InvalidInput(f"{name} has no control network. Those that have: {known}.")
+    card = card_of(name)
     if card is not None:
         introduce(card, terminal)
     parts.controlnet = _load(name, card, torch_dtype=parts.transformer.dtype, device_map=parts.device)
@@ -36,6 +35,32 @@ def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
     wiring = _wiring(name, card)
     if wiring != parts.effective_card.wiring:
         parts.card = dataclasses.replace(parts.effective_card, wiring=wiring)
+
+
+def card_of(name: str) -> Card | None:
+    """Return the card of a control network's model, None for one of unknown origin; errors as `attach`."""
+    card = None if Path(name).expanduser().is_dir() else library.card_of(name)
+    if card is not None and card.controlnet is None:
+        known = ", ".join(one.name for one in CARDS.values() if one.controlnet is not None)
+        raise InvalidInput(f"{name} has no control network. Those that have: {known}.")
+    return card
+
+
+def shape(name: str) -> ControlNetConfig | None:
+    """Return the configuration of a control network before it is loaded, None where it must be downloaded first.
+
+    Raises: as `attach`.
+    """
+    card, path = card_of(name), Path(name).expanduser()
+    if path.is_dir():
+        folder = path / "controlnet" if (path / "controlnet").is_dir() else path
+        return ControlNetConfig.from_dict(read_json(folder / "config.json"))
+    if card is None and path.is_file():
+        from sana.checkpoints.original.examine import examine
+
+        found = examine(path).models.get("controlnet")
+        return None if found is None else cast(ControlNetConfig, found.config)
+    return card.controlnet if card is not None else None
 
 
 def _load(name: str, card: Card | None, **settings: Any) -> Any:

@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import io
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana.apps.cli.choosing import Judges, told
 from sana.apps.cli.existing import is_as_asked
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import out_of_memory_told
@@ -18,16 +17,17 @@ from sana.apps.cli.order import Job, Order, told_as_flags
 from sana.apps.cli.output import Progress, Terminal, duration
 from sana.apps.cli.sheet import Sheet
 from sana.apps.cli.values import runs_of
-from sana.apps.cli.writer import Task, Writer
+from sana.apps.cli.writer import Task, Writer, print_png
 from sana.engine.request import Request, Result
 from sana.errors import InvalidInput, NonFinite, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
+    from sana.engine.generate import Reply
     from sana.engine.latents import Finished
     from sana.engine.parts import Parts
     from sana.flow.samplers import Step
 
-_LEFT_OUT = ("skipped", "jobs", "sheet", "failed")
+_LEFT_OUT = ("skipped", "jobs", "sheet", "failed", "selection")
 """Of the document, where they are empty."""
 SOFT_EDGES = frozenset({"soft-edge", "hed", "scribble"})
 """Kinds of control pictures that look alike."""
@@ -66,6 +66,8 @@ class Report:
     jobs: list[dict[str, Any]] = field(default_factory=list)
     """Settings, files and seeds of each of several prompts or points of a sweep."""
     sheet: str | None = None
+    selection: list[dict[str, Any]] = field(default_factory=list)
+    """For each file how its picture was chosen among candidates, where it was."""
     failed: list[dict[str, Any]] = field(default_factory=list)
     """Pictures of a batch that could not be drawn, and why."""
 
@@ -94,6 +96,7 @@ class Drawing:
         self.latents: list[Path] = []
         """Files of finished latents whose pictures are not written yet."""
         self.count = len(order.seeds)
+        self.judges = Judges()
         self._entries: dict[int, dict[str, Any]] = {}
         self._progress: Progress
         self._drawn = self._steps_done = self._steps = 0
@@ -108,7 +111,8 @@ class Drawing:
         self._warn_of_kinds()
         steps = [request.resolve(self.parts.effective_card).steps for request in requests]
         todo = [self._todo(job, request) for job, request in zip(self.order.jobs, requests, strict=True)]
-        self._steps = sum(len(seeds) * n for seeds, n in zip(todo, steps, strict=True))
+        drawn = [job.best_of or len(seeds) for job, seeds in zip(self.order.jobs, todo, strict=True)]
+        self._steps = sum(count * n if seeds else 0 for seeds, count, n in zip(todo, drawn, steps, strict=True))
         try:
             with self.terminal.count(max(self._steps, 1)) as self._progress, self.writer, out_of_memory_told():
                 for job, request, seeds in zip(self.order.jobs, requests, todo, strict=True):
@@ -241,10 +245,8 @@ class Drawing:
 
     def _attempt(self, job: Job, request: Request) -> SanaError | None:
         """Draw pictures of consecutive seeds, and return the error that ended it early."""
-        from sana.engine.generate import generate
-
         before, began = self._steps_done, time.perf_counter()
-        loop = generate(self.parts, request, rescue=lambda finished: self._rescue(job, finished), keep=False)
+        loop = self._loop(job, request)
         done = 0
         with contextlib.closing(loop):
             while True:
@@ -263,14 +265,29 @@ class Drawing:
                     now = time.perf_counter()
                     self._save(job, event, (now - began) / len(event.images))
                     began, done = now, done + len(event.images)
-                    self._steps_done = before + done * event.settings.steps
-                else:
-                    rows = min(request.batch_size, request.count - done)
-                    self._advance(event, before + done * event.num_steps + (event.index + 1) * rows)
+                    self._steps_done = before + (job.best_of or done) * event.settings.steps
+                    continue
+                rows = min(request.batch_size, (job.best_of or request.count) - done)
+                self._advance(event, before + done * event.num_steps + (event.index + 1) * rows, job, done)
+                if job.best_of is not None and event.index + 1 == event.num_steps:
+                    done += rows
 
-    def _advance(self, step: "Step", steps_done: int) -> None:
+    def _loop(self, job: Job, request: Request) -> "Generator[Step | Result, Reply, Result]":
+        from sana.engine.generate import generate
+        from sana.evaluation.selection import draw_best
+
+        def rescue(finished: "Finished") -> None:
+            self._rescue(job, finished)
+
+        if job.best_of is None:
+            return generate(self.parts, request, rescue=rescue, keep=False)
+        judge = self.judges.of(job.settings.values, self.parts)
+        return draw_best(self.parts, request, judge, job.best_of, rescue=rescue)
+
+    def _advance(self, step: "Step", steps_done: int, job: Job, done: int) -> None:
         number = self._drawn + 1
         title = f"picture {min(number, self.count)}/{self.count} · " if self.count > 1 else ""
+        title += f"candidate {min(done + 1, job.best_of)}/{job.best_of} · " if job.best_of else ""
         text = f"step {step.index + 1}/{step.num_steps}"
         self._progress.move(min(steps_done, self._steps), self._steps, title + text)
         self.terminal.event("step", step=step.index + 1, of=step.num_steps, picture=number, pictures=self.count)
@@ -296,26 +313,28 @@ class Drawing:
         from sana.engine.images import save_png
 
         seed, writing = result.seeds[i], self.order.writing
-        target = job.files[job.seeds.index(seed)]
+        target = job.files[i if result.selection else job.place(seed)]
 
         def write() -> None:
             if self.order.to_stdout:
-                _print_png(result, i, writing.metadata)
+                print_png(result, i, writing.metadata)
             else:
                 save_png(result, i, target, metadata=writing.metadata, force=writing.force)
 
-        def told() -> None:
+        def tell() -> None:
             self._tell(job, result, i, target, seconds)
             for path in rescued:
                 path.unlink(missing_ok=True)
 
-        return Task(target, write, told)
+        return Task(target, write, tell)
 
     def _tell(self, job: Job, result: Result, i: int, target: Path, seconds: float) -> None:
         """Say that a picture was written, and note it."""
         seed, image, settings = result.seeds[i], result.images[i], result.settings
         self.report.files.append(str(target))
         self.report.seeds.append(seed)
+        chosen = dict(result.selection[i]) if result.selection else {}
+        self.report.selection += [chosen] if chosen else []
         if id(job) in self._entries:
             self._entries[id(job)]["files"].append(str(target))
             self._entries[id(job)]["seeds"].append(seed)
@@ -323,12 +342,15 @@ class Drawing:
             self.terminal.result(str(target))
         if self.manifest is not None:
             self.manifest.done(target, seed, seconds, job.entry.place, _digest(job))
-        self.terminal.event("image", file=str(target), seed=seed, seconds=round(seconds, 4))
+        more = {"selection": chosen} if chosen else {}
+        self.terminal.event("image", file=str(target), seed=seed, seconds=round(seconds, 4), **more)
         steps = f"{settings.steps} step{'s' if settings.steps != 1 else ''}"
         device = result.model.get("device", "")
         self.terminal.say(f"seed {seed} · {image.width}x{image.height} · {steps} · {device} · {duration(seconds)}")
+        if chosen:
+            self.terminal.say(told(chosen))
         if self.sheet is not None:
-            self.sheet.add(job, seed, image)
+            self.sheet.add(job, job.seeds[i] if chosen else seed, image)
         elif len(self.report.files) <= MOST_SHOWN or self.terminal.thumbnail:
             self.terminal.show(image)
 
@@ -341,7 +363,7 @@ class Drawing:
         """Save finished latents that could not be decoded at once; what then happens may end the command."""
         from sana.engine.latents import SUFFIX, save_latents
 
-        target = job.files[job.seeds.index(finished.seeds[0])]
+        target = job.files[job.place(finished.seeds[0])]
         stem = target.stem if not self.order.to_stdout else f"latents-{finished.seeds[0]}"
         places = (target.with_name(f"{stem}{number}{SUFFIX}") for number in ("", *(f"-{n}" for n in range(2, 1000))))
         place = next(path for path in places if not path.exists())
@@ -370,14 +392,3 @@ class Drawing:
 def _digest(job: Job) -> str:
     """Return what stands in a manifest for all the settings of a picture but its seed."""
     return digest(job.settings.values, ("seed", "count", "batch_size", "output", "prompt_file"))
-
-
-def _print_png(result: Result, i: int, metadata: Any) -> None:
-    """Write the bytes of a picture to the standard output."""
-    from sana.engine.metadata import png_info
-    from sana.engine.png import write_png
-
-    data = io.BytesIO()
-    write_png(data, result.images[i], png_info(result, i, metadata))
-    sys.stdout.buffer.write(data.getvalue())
-    sys.stdout.buffer.flush()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.apps.cli import cache
+from sana.apps.cli.controlnets import card_of
 from sana.apps.cli.machine import SMALL_MODEL
 from sana.apps.cli.order import Order
 from sana.apps.cli.output import Terminal, duration, printable
@@ -42,7 +43,7 @@ def tell(order: Order, terminal: Terminal) -> int:
         "fits": sizing.fits,
         "nearest_that_fits": None if nearest is None else {"flags": nearest[0], "memory_bytes": nearest[1]},
         "free_memory_bytes": sizing.limit,
-        "download_bytes": _to_download(card),
+        "download_bytes": _to_download(card) + _network_to_download(order),
         "free_disk_bytes": cache.free_bytes(order.files[0].parent),
         "free_cache_bytes": cache.free_bytes(cache.folder()),
     }
@@ -82,6 +83,7 @@ def _page(order: Order, card: Card, requests: list[ResolvedRequest], facts: Mapp
         "sampler": first.sampler,
         **{axis.field.replace("_", " "): ", ".join(axis.labels) for axis in order.axes},
         "seeds": seeds_text(list(dict.fromkeys(order.seeds))) + (" (drawn for this run)" if order.drew_seed else ""),
+        "best of": ", ".join(dict.fromkeys(f"{job.best_of} candidates" for job in order.jobs if job.best_of)),
         "files": _files(order),
         "time": f"about {duration(times['all'])}"
         + (f", {duration(times['all'] / count)} a picture" if count > 1 else "")
@@ -136,7 +138,8 @@ def _times(order: Order, sizing: Sizing) -> dict[str, float]:
     times = {stage.name: 0.0 for job in jobs for stage in job}
     prompts: set[str] = set()
     for job, request, parts in zip(order.jobs, sizing.requests, jobs, strict=True):
-        batches = sum(-(-len(run) // request.batch_size) for run in runs_of(job.seeds))
+        counts = [job.best_of] if job.best_of else [len(run) for run in runs_of(job.seeds)]
+        batches = sum(-(-count // request.batch_size) for count in counts)
         for stage in parts:
             often = batches if stage.name != "text" else int(request.prompt not in prompts)
             times[stage.name] += often * estimate.seconds(stage, rates, sizing.mode, LOAD_RATE)
@@ -178,10 +181,11 @@ def _card(order: Order) -> Card:
     vae = AutoencoderConfig.from_dict(_config(machine.folder, "vae"))
     base = CARDS["sana-sprint-1.6b-1024" if transformer.guidance_embeds else "sana-1.6b-1024"]
     named = CARDS.get(str(_json(machine.folder / "model_index.json").get("_sanakit_card")))
-    if named is not None and named.transformer == transformer:
-        base = named
     size = transformer.sample_size * vae.spatial_compression_ratio
     params = _params(transformer)
+    from sana.engine.model_card import at_depth
+
+    base = (at_depth(named, transformer, params) if named is not None else None) or base
     return dataclasses.replace(
         base,
         name=machine.folder.name,
@@ -227,3 +231,14 @@ def _json(path: Path) -> dict[str, Any]:
 def _to_download(card: Card) -> int:
     state = cache.cached(card)
     return 0 if state.complete else max(cache.download_size(card) - state.size, 0)
+
+
+def _network_to_download(order: Order) -> int:
+    """Return how many bytes of a control network beside the model are not here."""
+    name = order.machine.controlnet
+    card = card_of(name) if name is not None else None
+    if card is None:
+        return 0
+    own = ("controlnet", "transformer") if card.is_single_file else ("controlnet",)  # one file has both
+    state = cache.cached(card, own)
+    return 0 if state.complete else max(cache.download_size(card, own) - state.size, 0)

@@ -6,7 +6,7 @@ from sana.cards import CARDS, Card
 from sana.errors import ModelNotFound, did_you_mean
 
 DEFAULT_MODEL = "nano"
-TASKS = ("info", "pull", "verify", "rm")
+TASKS = ("info", "pull", "verify", "rm", "grow", "prune")
 """What `sana models` does with one of them."""
 TOY = "a toy that shows that everything works, not SANA's quality"
 

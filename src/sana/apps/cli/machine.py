@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ from sana.errors import InvalidInput, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.parts import Parts
+    from sana.engine.request import Request
 
 ASSETS = Path(sana.__file__).parent / "assets"
 MAX_THREADS = 1024
@@ -98,8 +99,18 @@ class Machine:
             return f"~/{path.relative_to(home)}"
         return path.name if home.name in path.parts else str(path)
 
-    def load(self, terminal: Terminal, only: Collection[str] | None = None) -> tuple["Parts", float]:
-        """Load the model, or only some parts of it, and tell how many seconds it took."""
+    def load(
+        self,
+        terminal: Terminal,
+        only: Collection[str] | None = None,
+        drawing: "Sequence[Request] | Callable[[Card], Sequence[Request]]" = (),
+    ) -> tuple["Parts", float]:
+        """Load the model, or only some parts of it, and tell how many seconds it took.
+
+        Args:
+            only: these parts and no others.
+            drawing: what will be drawn, or what tells it by the card: --memory auto makes room for that.
+        """
         began = time.perf_counter()
         terminal.event("loading", model=self.source)
         self._warn_of_namesakes(terminal)
@@ -122,7 +133,8 @@ class Machine:
                 terminal.warn(f"{self.model} has no plain weights; its variant {variant} is loaded.")
             place = self.built_in or self.model
             with _cpu_threads(self.threads or (1 if self.built_in is not None else None)):
-                parts = load(place, device=self.device, dtype=dtype, variant=variant, **self._sparing(only), **absent)
+                sparing = self._sparing(only, drawing)
+                parts = load(place, device=self.device, dtype=dtype, variant=variant, **sparing, **absent)
             self._tell_of_memory(parts, terminal)
             if self.controlnet is not None and only is None:
                 from sana.apps.cli.controlnets import attach
@@ -136,14 +148,20 @@ class Machine:
         terminal.event("loaded", model=parts.name, device=parts.device.type, seconds=round(seconds, 4))
         return parts, seconds
 
-    def _sparing(self, only: Collection[str] | None) -> dict[str, Any]:
+    def _sparing(self, only: Collection[str] | None, drawing: Any) -> dict[str, Any]:
         """Return the arguments of `load` that save memory."""
+        from sana.apps.cli.controlnets import shape  # which imports this module
+        from sana.engine.sparing import Plan
+
         mode = self.memory_mode
         if mode == "auto" and only is not None:
             mode = None
         limit = None if self.max_vram is None or mode is None else bytes_of(self.max_vram)
         config = None if self.quantize == "none" or only == ("vae",) else self.quantize
-        return {"memory": mode, "max_memory": limit, "quantization_config": config}
+        plan = None
+        if mode == "auto":
+            plan = Plan(requests=drawing, controlnet=shape(self.controlnet) if self.controlnet is not None else None)
+        return {"memory": mode, "max_memory": limit, "plan": plan, "quantization_config": config}
 
     def _tell_of_memory(self, parts: "Parts", terminal: Terminal) -> None:
         if self.memory == "auto" and parts.placement is not None:

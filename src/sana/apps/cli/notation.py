@@ -138,5 +138,5 @@ def _is_scale(word: str) -> bool:
 
 TEXTS: dict[type, Callable[[Any], str]] = {ControlRequest: control_text, LoraRequest: lora_text}
 """How a value is written down again."""
-_KINDS = {"softedge": "soft-edge", "soft_edge": "soft-edge", "sketch": "scribble", "none": "map"}
+_KINDS = {"softedge": "soft-edge", "soft_edge": "soft-edge", "sketch": "scribble", "pen": "ink", "none": "map"}
 """What other programs call a type."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from sana.apps.cli.arguments import Group, Option, Spelling, options_of
+from sana.apps.cli.choosing import CHOOSING
 from sana.apps.cli.machine import MACHINE
 from sana.apps.cli.notation import (
     CONTROL_WORDS,
@@ -182,7 +183,7 @@ SPRINT = Group(title="SANA-Sprint models only", options=Request, leave_out=_only
 FILES = Group(title="the files", options=Files)
 DRAWN = (EXTENT, PICTURE, STEERING, SPRINT)
 """What says how a picture is drawn."""
-SETTINGS = (*DRAWN, Group(title="several prompts or settings", options=Several), MACHINE, FILES)
+SETTINGS = (*DRAWN, Group(title="several prompts or settings", options=Several), CHOOSING, MACHINE, FILES)
 """What `sana generate` has, besides its prompt."""
 MANNER = Group(title="settings from elsewhere, and trying out", options=Manner)
 GROUPS = (*SETTINGS, MANNER)

@@ -12,6 +12,8 @@ from typing import Any
 
 from sana.apps.cli import arguments, settings
 from sana.apps.cli.arguments import options_of
+from sana.apps.cli.choosing import CHOOSING
+from sana.apps.cli.choosing import check as check_choosing
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.names import STDOUT, distinct, is_folder, plan_files, slug
 from sana.apps.cli.options import EDIT, EVERYTHING, FIELDS, Files, Manner, keys, picture_keys
@@ -52,6 +54,21 @@ class Job:
         """The ratio of the sides, where only that was ordered."""
         shape: Shape | None = self.settings.values.get("size")
         return shape if shape is not None and shape.ratio else None
+
+    @property
+    def best_of(self) -> int | None:
+        """How many candidates are drawn for the pictures that are kept; None: the pictures are all there are."""
+        candidates: int | None = self.settings.values.get("best_of")
+        return candidates
+
+    @property
+    def drawn(self) -> int:
+        """How many pictures are drawn, kept or not."""
+        return self.best_of or len(self.seeds)
+
+    def place(self, seed: int) -> int:
+        """Which of the files is for the picture of a seed; candidates are beside the first."""
+        return self.seeds.index(seed) if seed in self.seeds else 0
 
     @property
     def given(self) -> frozenset[str]:
@@ -200,7 +217,7 @@ def _jobs(base: Settings, axes: Sequence[Axis], road: Road) -> list[Job]:
     pictures = 0
     for entry in entries:
         own = base.under(entry.values, entry.place) if entry.place else base
-        own = _without_unused(own, entry.place)
+        own = _without_unused(own, entry.place, road)
         if road.needs_image and "image" not in own.values:
             raise InvalidInput(
                 f"{entry.place + ': which' if entry.place else 'Which'} picture? For example: {road.usage}"
@@ -219,13 +236,14 @@ def _jobs(base: Settings, axes: Sequence[Axis], road: Road) -> list[Job]:
     return jobs
 
 
-def _without_unused(own: Settings, place: str) -> Settings:
+def _without_unused(own: Settings, place: str, road: Road) -> Settings:
     """Return settings without those of a file or a variable, which are for all verbs, that have no effect here."""
+    elsewhere = set() if CHOOSING in road.groups else set(options_of((CHOOSING,)))
     if "image" not in own.values:
         names = set(options_of((EDIT,)))
     else:
         names = set() if {"mask", "outpaint"} & set(own.values) else {"feather"}
-    unused = {name for name in names if own.origins.get(name, FLAG) not in (FLAG, place)}
+    unused = {name for name in names | elsewhere if own.origins.get(name, FLAG) not in (FLAG, place)}
     return Settings(
         values={name: value for name, value in own.values.items() if name not in unused}, origins=own.origins
     )
@@ -242,6 +260,7 @@ def _job(own: Settings, point: Mapping[str, str], entry: Entry) -> Job:
         request = Request(**picture)
         _check_cleaning(request)
         _check_attached(request, entry.place)
+        check_choosing(own, request, wished or ())
         many = wished is not None and len(wished) > 1
         count = 1 if many or wished is None else request.replace(seed=wished[0]).count
     seeds = wished if many else list(range(wished[0], wished[0] + count)) if wished else []
@@ -268,6 +287,8 @@ def _named(jobs: Sequence[Job], writing: Files, base: Settings) -> list[Job]:
 def _planned(job: Job, start: int, output: str | None, number: str) -> Job:
     seeds = job.seeds or list(range(start, start + job.request.count))
     values = [word for name, label in job.point.items() if name != "seed" for word in (name, label)]
+    if job.best_of is not None and (output is None or is_folder(output)):
+        values += [f"best of {job.best_of}"]
     prompt, name = job.request.prompt, job.entry.name
     files = plan_files(prompt, seeds, output, name=name, values=values, number=number)
     return dataclasses.replace(job, request=job.request.replace(seed=seeds[0], count=1), seeds=seeds, files=files)

@@ -5,12 +5,14 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sana.apps.cli.controlnets import shape
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.values import bytes_of
 from sana.cards import Card
+from sana.config import ControlNetConfig
 from sana.engine import estimate
 from sana.engine.estimate import Stage, TextShape
-from sana.engine.request import Request, ResolvedRequest
+from sana.engine.request import ResolvedRequest
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,8 @@ class Sizing:
     """Bytes that may be used; None where nothing is known."""
     mode: str | None
     quantized: tuple[str, ...] = ()
+    controlnet: ControlNetConfig | None = None
+    """The control network beside the model, in place of its own; None where there is none or nothing is known."""
 
     @classmethod
     def of(
@@ -61,10 +65,10 @@ class Sizing:
             limit=limit,
             mode=machine.memory_mode,
             quantized=quantized,
+            controlnet=shape(machine.controlnet) if machine.controlnet is not None else None,
         )
         if found.mode == "auto":
-            plain = dataclasses.replace(found, requests=[Request(prompt="x").resolve(card)])
-            needed = {mode: dataclasses.replace(plain, mode=mode).bytes for mode in (None, *MODES)}
+            needed = {mode: dataclasses.replace(found, mode=mode).bytes for mode in (None, *MODES)}
             found = dataclasses.replace(found, mode=first_that_fits(needed, limit))
         return found
 
@@ -78,6 +82,7 @@ class Sizing:
                 text=self.text,
                 quantized=self.quantized,
                 accelerator=self.device.type != "cpu",
+                controlnets=None if self.controlnet is None else [self.controlnet],
             )
             for request in self.requests
         ]

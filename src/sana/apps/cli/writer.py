@@ -2,13 +2,18 @@
 
 import contextlib
 import glob
+import io
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from sana.engine.request import Result
 
 WAITING = 8
 """Pictures that may wait; drawing pauses when the disk is that much behind."""
@@ -131,3 +136,14 @@ def _held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if came:
             before(*came[0])
+
+
+def print_png(result: "Result", i: int, metadata: Any) -> None:
+    """Write the bytes of a picture to the standard output."""
+    from sana.engine.metadata import png_info
+    from sana.engine.png import write_png
+
+    data = io.BytesIO()
+    write_png(data, result.images[i], png_info(result, i, metadata))
+    sys.stdout.buffer.write(data.getvalue())
+    sys.stdout.buffer.flush()

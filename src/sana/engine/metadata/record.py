@@ -28,12 +28,16 @@ XMP_PACKET = (
 
 
 def record_of(result: Result, index: int) -> dict[str, Any]:
-    """Return the JSON record of one picture: format version, resolved request, its own seed, the model, remarks."""
+    """Return the JSON record of one picture: format version, resolved request, its own seed, the model, remarks.
+
+    Where it was chosen among candidates, that is told as well; its own seed draws it again without them.
+    """
     return {
         "version": RECORD_VERSION,
         "request": result.settings.to_dict(),
         "seed": result.seeds[index],
         "model": dict(result.model),
+        **({"selection": dict(result.selection[index])} if result.selection else {}),
         **({"warnings": list(result.warnings)} if result.warnings else {}),
     }
 

@@ -1,8 +1,12 @@
-"""Training a DC-AE on the drawn world.
+"""Training a DC-AE, on the drawn world or on pictures of one's own, in the three phases of DC-AE (arXiv 2410.10733).
 
 Shapes: B batch, H W picture size, h w latent size (H / 32), C latent channels.
 
-The loss is L1 plus squared error, weighted towards the things (they cover a tenth of the pixels), on
+`full` trains everything at a low resolution; `latent` adapts the latents to a high one through the two layers around
+them; `refine` sharpens the decoder's head against a discriminator of patches, with every latent as it is; `decoder`
+trains the whole decoder under a frozen encoder.
+
+On the drawn world the loss is L1 plus squared error, weighted towards the things (they cover a tenth of the pixels), on
 reconstructions from noisy latents: a decoder that forgives small errors of the latent forgives the diffusion model
 too. Three terms shape the latent itself: each channel is pulled to mean 0 and standard deviation 1 (a free latent
 drifts to a scale of tens), and a linear read-out of every latent cell must name the kind and colour of the thing
@@ -12,14 +16,11 @@ own labels in place of a vision model's features).
 
 import dataclasses
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,55 +29,51 @@ from sana.config import AutoencoderConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
 from sana.models.dc_ae import DCAutoencoder
+from sana.models.patch_discriminator import PatchDiscriminator
+from sana.training.autoencoder_pictures import (
+    CELL,
+    HELD_OUT_PICTURES,
+    DatasetPictures,
+    DrawnPictures,
+    Pictures,
+    PictureSource,
+    cell_labels,
+    to_tensor,
+)
 from sana.training.config import RunSettings
+from sana.training.objectives.autoencoder_settings import AutoencoderSettings
+from sana.training.objectives.base import MAIN
+from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, psnr, rms
 
-CELL = 32
-HELD_OUT_PICTURES = 64
+__all__ = ["AutoencoderObjective", "AutoencoderSettings", "cell_labels", "load_autoencoder", "to_tensor"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderSettings:
-    """The `[autoencoder]` table of a recipe."""
-
-    model: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `AutoencoderConfig`."""
-    start: str = ""
-    """Folder of an autoencoder to go on from; empty starts from nothing."""
-    train: str = "all"
-    """all, or decoder: the encoder, and with it every latent, stays as it is (DC-AE phase 3)."""
-    thing_weight: float = 3.0
-    latent_noise: float = 0.1
-    latent_penalty: float = 0.1
-    label_weight: float = 0.05
-    squared_weight: float = 2.0
+PLAYERS = ("generator", "discriminator")
+SCALED_PICTURES = 256
+"""Training pictures over which the scale of the latents is measured."""
+TRAINED = {
+    "full": ("autoencoder.", "label_head."),
+    "latent": ("autoencoder.encoder.conv_out.", "autoencoder.decoder.conv_in."),
+    "refine": ("autoencoder.decoder.norm_out.", "autoencoder.decoder.conv_out."),
+    "decoder": ("autoencoder.decoder.",),
+}
+"""Phase -> beginnings of the names of what it trains, besides the discriminator."""
 
 
 class _Trained(nn.Module):
-    """The autoencoder and the read-out that training throws away."""
+    """The autoencoder, and what training throws away: the read-out, the discriminator."""
 
-    def __init__(self, autoencoder: DCAutoencoder) -> None:
+    def __init__(self, autoencoder: DCAutoencoder, phase: str) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self._phase = autoencoder, phase
         self.label_head = nn.Conv2d(autoencoder.config.latent_channels, len(KINDS) + len(cutouts.COLOURS) + 2, 1)
+        self.discriminator = PatchDiscriminator() if phase == "refine" else None
 
-
-def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def cell_labels(scene: cutouts.Scene) -> NDArray[np.int64]:
-    """Per latent cell the kind and the colour, [2, h, w]; 0 is paper, a thing covers the cells whose centre it
-    reaches.
-    """
-    side = cutouts.SIZE // CELL
-    labels = np.zeros((2, side, side), np.int64)
-    centres = (np.arange(side) + 0.5) * CELL
-    for thing in scene.things:
-        near = np.hypot(centres[None] - thing.x, centres[:, None] - thing.y) < thing.radius
-        labels[0][near] = 1 + list(KINDS).index(thing.kind)
-        labels[1][near] = 1 + list(cutouts.COLOURS).index(thing.colour)
-    return labels
+    def train(self, mode: bool = True) -> "_Trained":
+        """Switch to training; where only some layers learn, the batch norms of the others keep what they know."""
+        super().train(mode)
+        if self._phase in ("latent", "refine"):
+            self.autoencoder.eval()
+        return self
 
 
 def load_autoencoder(folder: str) -> DCAutoencoder:
@@ -87,89 +84,147 @@ def load_autoencoder(folder: str) -> DCAutoencoder:
 
 
 class AutoencoderObjective:
-    """Reconstruction of drawn scenes."""
+    """Reconstruction of pictures."""
 
     name = "autoencoder"
+    better: Literal["lower", "higher"] = "higher"
 
     def __init__(self, settings: AutoencoderSettings, run: RunSettings, device: torch.device) -> None:
-        """Build or load the autoencoder."""
+        """Build or load the autoencoder.
+
+        Raises:
+            InvalidInput: settings contradict each other, or the model.
+        """
         torch.manual_seed(run.seed)
         self.settings, self.run, self.device = settings, run, device
+        settings.check(run)
         model = (
             load_autoencoder(settings.start)
             if settings.start
             else DCAutoencoder(AutoencoderConfig.from_dict(settings.model))
         )
-        self.module = _Trained(model).to(device)
-        if settings.train == "decoder":
-            self.module.autoencoder.encoder.requires_grad_(False)
-            self.module.label_head.requires_grad_(False)
+        settings.check_model(model.config)
+        self.turns = PLAYERS if settings.phase == "refine" else MAIN
+        self.module = _Trained(model, settings.phase).to(device)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name.startswith((*TRAINED[settings.phase], "discriminator.")))
         self._forward: Any = self._reconstruct
         if run.compile:
             self._forward = torch.compile(self._reconstruct)
-        held_out = random.Random(f"{run.seed}/held-out")
-        self._scenes = [
-            cutouts.sample_scene(held_out, held_out=bool(i % 2), counts=None if i % 2 == 0 else (1, 1))
-            for i in range(HELD_OUT_PICTURES)
-        ]
+        self.pictures: PictureSource = (
+            DatasetPictures(settings.data, run.seed, settings.size, run.batch_size)
+            if settings.data
+            else DrawnPictures(run.seed, settings.size)
+        )
 
-    def _reconstruct(self, pictures: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """What the phase trains, or the discriminator."""
+        begin = ("discriminator.",) if turn == PLAYERS[1] else TRAINED[self.settings.phase]
+        return [(name, p) for name, p in self.module.named_parameters() if name.startswith(begin)]
+
+    def _reconstruct(self, pictures: Tensor, noise: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         latents = self.module.autoencoder.encode(pictures)[0]
         noisy = latents if noise is None else latents + noise
-        return self.module.autoencoder.decode(noisy)[0], latents
+        return self.module.autoencoder.decode(noisy if kept is None else noisy * kept)[0], latents
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of micro-batch `draw`; scenes and noise depend on (seed, draw) only."""
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of micro-batch `draw`; pictures, noise and dropped channels depend on (seed, draw) only."""
         rng = random.Random(f"{self.run.seed}/{draw}")
-        scenes = [cutouts.sample_scene(rng) for _ in range(self.run.batch_size)]
-        pictures = to_tensor(np.stack([cutouts.render(scene) for scene in scenes])).to(self.device)
-        labels = torch.from_numpy(np.stack([cell_labels(scene) for scene in scenes])).to(self.device)
+        batch = self.pictures.batch(rng, draw, self.run.batch_size)
+        pictures = batch.pixels.to(self.device)
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        side = cutouts.SIZE // CELL
+        noise, kept = self._noise(pictures, generator), self._kept(rng)
+        restored, latents = self._forward(pictures, noise, *([] if kept is None else [kept]))
+        if turn == PLAYERS[1]:
+            return self._discriminate(pictures, restored.detach().float())
+        total, logged = self._reconstruction(pictures, restored.float(), batch.labels is not None)
+        if self.settings.phase == "full":
+            total, figures = self._shape_latents(total, latents, batch)
+            return total, logged | figures
+        if turn == PLAYERS[0]:
+            discriminator = cast(PatchDiscriminator, self.module.discriminator)
+            adversarial = -discriminator(restored).float().mean()
+            factor = adaptive_weight(total, adversarial, self._last_weights())
+            logged |= {"adversarial": adversarial.detach(), "factor": factor}
+            total = total + self.settings.gan_weight * factor * adversarial
+        return total, logged
+
+    def _noise(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        count, side = len(pictures), self.settings.size // CELL
         channels = self.module.autoencoder.config.latent_channels
-        noise = torch.randn(len(scenes), channels, side, side, generator=generator).to(self.device)
+        noise = torch.randn(count, channels, side, side, generator=generator).to(self.device)
         # Half of the batch sees almost clean latents: the decoder must be sharp on those.
-        noise = (
-            noise * self.settings.latent_noise * torch.rand(len(scenes), 1, 1, 1, generator=generator).to(self.device)
-        )
-        restored, latents = self._forward(pictures, noise)
-        things = (pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.02
-        weight = 1 + self.settings.thing_weight * things
-        error = restored.float() - pictures
-        reconstruction = (weight * (error.abs() + self.settings.squared_weight * error.square())).mean()
-        total = reconstruction
-        logged = {"reconstruction": reconstruction.detach(), "squared": error.detach().square().mean()}
-        if self.settings.train == "all":
-            per_channel = latents.float().transpose(0, 1).flatten(1)
-            spread = (per_channel.mean(1).square() + (per_channel.std(1) - 1).square()).mean()
+        return noise * self.settings.latent_noise * torch.rand(count, 1, 1, 1, generator=generator).to(self.device)
+
+    def _kept(self, rng: random.Random) -> Tensor | None:
+        """Draw how many of the first channels stay, and return 1 for them and 0 for the others, [1, C, 1, 1]."""
+        if not self.settings.channels:
+            return None
+        return self._first(rng.choice(self.settings.channels))
+
+    def _first(self, count: int) -> Tensor:
+        numbers = torch.arange(self.module.autoencoder.config.latent_channels, device=self.device)
+        return (numbers < count).float().view(1, -1, 1, 1)
+
+    def _reconstruction(self, pictures: Tensor, restored: Tensor, drawn: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        error = restored - pictures
+        amount = error.abs() + self.settings.squared_weight * error.square()
+        if drawn:
+            things = (pictures - pictures[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.02
+            amount = (1 + self.settings.thing_weight * things) * amount
+        total = amount.mean()
+        logged = {"reconstruction": total.detach(), "squared": error.detach().square().mean()}
+        if self.settings.edge_weight:
+            edges = edge_loss(restored, pictures)
+            total, logged["edges"] = total + self.settings.edge_weight * edges, edges.detach()
+        return total, logged
+
+    def _shape_latents(self, total: Tensor, latents: Tensor, batch: Pictures) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the terms that shape the latents."""
+        per_channel = latents.float().transpose(0, 1).flatten(1)
+        spread = (per_channel.mean(1).square() + (per_channel.std(1) - 1).square()).mean()
+        total, logged = total + self.settings.latent_penalty * spread, {"spread": spread.detach()}
+        if batch.labels is not None:
+            labels = batch.labels.to(self.device)
             scores = self.module.label_head(latents).float()
             kinds, colours = scores.split([len(KINDS) + 1, len(cutouts.COLOURS) + 1], dim=1)
             reading = F.cross_entropy(kinds, labels[:, 0]) + F.cross_entropy(colours, labels[:, 1])
-            total = total + self.settings.latent_penalty * spread + self.settings.label_weight * reading
-            logged |= {"spread": spread.detach(), "labels": reading.detach()}
+            total, logged["labels"] = total + self.settings.label_weight * reading, reading.detach()
         return total, logged
 
+    def _discriminate(self, pictures: Tensor, restored: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        discriminator = cast(PatchDiscriminator, self.module.discriminator)
+        real, fake = discriminator(pictures), discriminator(restored)
+        loss = hinge_loss(real, fake)
+        return loss, {"real": real.detach().float().mean(), "restored": fake.detach().float().mean()}
+
+    def _last_weights(self) -> Tensor:
+        last = self.module.autoencoder.decoder.conv_out
+        return last.weight if isinstance(last, nn.Conv2d) else last.conv.weight
+
     def _held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = to_tensor(np.stack([cutouts.render(scene) for scene in self._scenes[:count]])).to(self.device)
+        pictures = self.pictures.held_out(count).to(self.device)
         latents = self.module.autoencoder.encode(pictures)[0]
         return pictures, latents, self.module.autoencoder.decode(latents)[0].float()
 
     def evaluate(self) -> Mapping[str, float]:
-        """PSNR in dB over the held-out scenes, clean and at a latent error of 0.2, and the latent's root mean
-        square.
+        """PSNR in dB over the held-out pictures, clean, at a latent error of 0.2 and from the first channels alone;
+        the latent's root mean square, and what becomes of it when the same pictures have twice the size.
         """
         pictures, latents, restored = self._held_out(HELD_OUT_PICTURES)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        shaken = self.module.autoencoder.decode(latents + 0.2 * noise)[0].float()
-
-        def psnr(picture: Tensor) -> float:
-            return float(-10 * torch.log10((picture.clamp(-1, 1) - pictures).div(2).square().mean()))
-
-        return {
-            "psnr": psnr(restored),
-            "psnr_shaken": psnr(shaken),
+        autoencoder = self.module.autoencoder
+        figures = {
+            "psnr": psnr(restored, pictures),
+            "psnr_shaken": psnr(autoencoder.decode(latents + 0.2 * noise)[0], pictures),
             "latent_rms": float(latents.float().square().mean().sqrt()),
         }
+        for count in self.settings.channels:
+            figures[f"psnr_{count}"] = psnr(autoencoder.decode(latents * self._first(count))[0], pictures)
+        if self.settings.phase == "latent":
+            twice = F.interpolate(pictures[:8], scale_factor=2, mode="bicubic")
+            figures["rms_twice"] = rms(autoencoder.encode(twice)[0]) / rms(latents[:8])
+        return figures
 
     def preview(self) -> Image.Image:
         """Eight held-out pictures above their reconstructions."""
@@ -178,16 +233,22 @@ class AutoencoderObjective:
         return Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy())
 
     def export(self, folder: Path) -> None:
-        """Write the autoencoder with its latent scale, measured over training scenes, in half precision."""
-        rng = random.Random(f"{self.run.seed}/scale")
-        squares = torch.zeros((), dtype=torch.float64)
-        for _ in range(16):
-            pictures = np.stack([cutouts.render(cutouts.sample_scene(rng)) for _ in range(16)])
-            latents = self.module.autoencoder.encode(to_tensor(pictures).to(self.device))[0]
-            squares += latents.double().square().mean().cpu() / 16
+        """Write the autoencoder in half precision, with the scale of its latents over training pictures; where the
+        encoder stayed as it was, so did the scale.
+        """
         from sana.checkpoints.autoencoder import AutoencoderDC
 
-        config = dataclasses.replace(self.module.autoencoder.config, scaling_factor=round(float(squares.rsqrt()), 5))
+        config = self.module.autoencoder.config
+        if self.settings.phase in ("full", "latent"):
+            config = dataclasses.replace(config, scaling_factor=self._scale())
         finished = AutoencoderDC.from_config(config)
         finished.load_state_dict(self.module.autoencoder.state_dict())
         finished.to(torch.float16).save_pretrained(folder)
+
+    def _scale(self) -> float:
+        rng, rounds = random.Random(f"{self.run.seed}/scale"), SCALED_PICTURES // 16
+        squares = torch.zeros((), dtype=torch.float64)
+        for draw in range(rounds):
+            pictures = self.pictures.batch(rng, draw, 16).pixels.to(self.device)
+            squares += self.module.autoencoder.encode(pictures)[0].double().square().mean().cpu() / rounds
+        return round(float(squares.rsqrt()), 5)

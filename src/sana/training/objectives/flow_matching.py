@@ -25,6 +25,7 @@ from sana.flow.density import NoiseLevels, loss_weights, sample_levels, sample_s
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
 from sana.training.config import RunSettings
+from sana.training.objectives.base import MAIN, trainable
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.origins import ModelOrigin, Origin, ScratchOrigin
 from sana.training.previews import PreviewSheet
@@ -47,7 +48,7 @@ class FlowMatchingObjective:
     """Velocity prediction under captions."""
 
     name = "flow_matching"
-    turns: tuple[str, ...] = ("main",)
+    turns = MAIN
     better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
@@ -90,7 +91,7 @@ class FlowMatchingObjective:
 
     def parameters_of(self, turn: str) -> Sequence[tuple[str, nn.Parameter]]:
         """Everything that learns."""
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return trainable(self.module)
 
     def _levels(self, count: int, generator: torch.Generator) -> NoiseLevels:
         """Noise levels, and the times that belong to them before the transformer's own factor."""

@@ -41,7 +41,7 @@ def carry_out(order: Order, terminal: Terminal, manifest: Manifest | None = None
         return tell(order, terminal)
     if card is not None:
         _introduce(card, order, terminal)
-    parts, seconds = order.machine.load(terminal)
+    parts, seconds = order.machine.load(terminal, drawing=order.fitted)
     if card is None and parts.card is not None:
         _introduce(parts.card, order, terminal, parts.name)
     report = Report(timings={"load": seconds}, warnings=terminal.warnings)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sana.apps.cli import arguments
+from sana.apps.cli import arguments, choosing
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.output import Terminal, printable
 from sana.cards import CARDS
@@ -79,7 +79,17 @@ def _page(file: str, metadata: Metadata) -> tuple[dict[str, Any], dict[str, str]
     again = replay_of(file)
     line = command(request, metadata.model.get("source") or metadata.model.get("name", ""), _dtype(metadata.model))
     document |= {"dialect": "sanakit", "again": again, "command": line}
-    return document, {**_own(request), **_model(metadata.model), **label, "again": again, "command": line}
+    rows = {**_own(request), "chosen": _chosen(metadata), **_model(metadata.model), **label}
+    return document, {**rows, "again": again, "command": line}
+
+
+def _chosen(metadata: Metadata) -> str:
+    """Return how the picture was chosen among candidates; empty where it was not, or the record says it otherwise."""
+    told = (metadata.record or {}).get("selection")
+    kinds = {"judge": str, "candidates": int, "matches": bool, "score": (int, float)}
+    if not isinstance(told, Mapping) or any(not isinstance(told.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
+        return ""
+    return shortened(choosing.told(told))
 
 
 def replay_of(file: str) -> str:

@@ -88,7 +88,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     chosen, machine = "model" in given, _machine(metadata, given)
     if targets:
         check_files(targets, force=writing.force)
-    parts, seconds = _load(machine, metadata, chosen, terminal)
+    parts, seconds = _load(machine, metadata, chosen, request, terminal)
     with machine.in_use(parts):
         report["differences"] = _differences(metadata.model, parts.describe())
         _tell(report["differences"], metadata, terminal)
@@ -172,13 +172,15 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _load(machine: Machine, metadata: Metadata, chosen: bool, terminal: Terminal) -> tuple["Parts", float]:
+def _load(
+    machine: Machine, metadata: Metadata, chosen: bool, request: Request, terminal: Terminal
+) -> tuple["Parts", float]:
     """Load the model; one from the hub in the very commit that was recorded."""
     if machine.card is not None and machine.built_in is None:
         introduce(machine.card, terminal)
     commit = metadata.model.get("commit")
     if chosen or commit is None or (machine.folder or machine.built_in) is not None:
-        return machine.load(terminal)
+        return machine.load(terminal, drawing=[request])
     from sana.engine.parts import load
 
     began = time.perf_counter()
