@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dataset_files import make_shards, make_tar, picture_bytes, shard_members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset_files import make_shards, make_tar, picture_bytes, shard_members
 from sana.data import tar as tar_module
 from sana.data.open import open_source
 from sana.data.samples import BadSample

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-from dataset_files import make_folder, make_shards, make_tar, picture_bytes, shard_members
 
+from dataset_files import make_folder, make_shards, make_tar, picture_bytes, shard_members
 from sana.data.captions import CaptionChoice, choose, probabilities
 from sana.data.examine import Wanted, examine, survey
 from sana.data.open import open_source

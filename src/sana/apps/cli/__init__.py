@@ -177,11 +177,10 @@ VERBS = {
     "models": Verb("sana.apps.cli.verbs.models", "list the models; fetch, check, remove, grow or prune one"),
     "convert": Verb("sana.apps.cli.verbs.convert", "turn a checkpoint into another form"),
     "lora": Verb("sana.apps.cli.verbs.lora", "tell about an adapter, convert it, or merge it into a model"),
-    "dataset": Verb("sana.apps.cli.verbs.dataset", "check a data set, pack it into tars, look at it"),
+    "dataset": Verb("sana.apps.cli.verbs.dataset", "check, pack, caption, score and encode a data set, look at it"),
     "config": Verb("sana.apps.cli.verbs.config", "show every setting and where it comes from"),
     "doctor": Verb("sana.apps.cli.verbs.doctor", "check this computer, and say how to mend what is amiss"),
     "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),
     "train": Verb("sana.apps.cli.verbs.train", "train from recipes; goes on where it was stopped"),
-    "dataset": Verb("sana.apps.cli.verbs.dataset", "caption pictures, score captions, encode both before a training"),
     "evaluate": Verb("sana.apps.cli.verbs.evaluate", "measure a model and print the table"),
 }
