@@ -202,6 +202,8 @@ def test_an_override_reaches_the_recipes_it_concerns(tmp_path: Path, monkeypatch
         (("a.toml", "--run.stps", "3"), 2, "run has no setting 'stps'. Did you mean 'steps'?"),
         (("a.toml", "--rum.steps", "3"), 2, "unknown table [rum]. Did you mean 'run'?"),
         (("a.toml", "--run.steps", "0"), 2, "run.steps must be at least 1"),
+        (("a.toml", "--run.steps", "0"), 2, "sana: --run.steps: run.steps must be at least 1"),
+        (("a.toml", "--autoencoder.thing", "3"), 2, "--autoencoder.thing: autoencoder has no setting 'thing'."),
         (("a.toml", "--run.steps"), 2, "--run.steps needs a value."),
         (("a.toml", "--steps", "3"), 2, "There is no option --steps."),
     ],

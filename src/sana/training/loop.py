@@ -97,10 +97,10 @@ class Trainer:
         try:
             with self.processes.first_goes_first():
                 self._take_up()
+                self._records = Records(folder, self._tables) if self.processes.is_first else None
         except BaseException:
             self.close()
             raise
-        self._records = Records(folder, self._tables) if self.processes.is_first else None
 
     @property
     def is_first(self) -> bool:

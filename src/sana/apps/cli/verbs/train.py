@@ -121,7 +121,8 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         InvalidInput: a recipe or an override is wrong, or two recipes would share a folder.
         ModelNotFound: there is no such recipe.
     """
-    from sana.training.config import load_recipe
+    from sana.training.config import load_recipe, located
+    from sana.training.start import settings_of
 
     stages: list[Stage] = []
     tables = {path: _tables(path) for path in recipes}
@@ -129,7 +130,10 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         own = {key: text for key, text in overrides.items() if _concerns(key, path, tables)}
         file = Path(path)
         root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
-        stages.append(Stage(name=file.stem, recipe=load_recipe(path, own), folder=root / file.stem))
+        recipe = load_recipe(path, own)
+        with located(path, file.read_text(encoding="utf-8"), own):
+            settings_of(recipe)
+        stages.append(Stage(name=file.stem, recipe=recipe, folder=root / file.stem))
     folders = [stage.folder for stage in stages]
     for folder in folders:
         if folders.count(folder) > 1:
