@@ -186,7 +186,7 @@ def test_overrides_are_taken_out_of_the_command_line() -> None:
 def test_an_override_reaches_the_recipes_it_concerns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = write("a.toml")
-    two = write("b.toml", RECIPE.replace('"autoencoder"', '"flow_matching"'))
+    two = write("b.toml", RECIPE.replace('"autoencoder"', '"language_model"'))
     stages = plan([one, two], {"run.steps": "9", "autoencoder.thing_weight": "2.0"}, None)
     assert [stage.recipe.run.steps for stage in stages] == [9, 9]
     assert [dict(stage.recipe.settings) for stage in stages] == [{"thing_weight": 2.0}, {}]
