@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,22 @@ def test_small_pictures_that_are_taken_in_later_get_features_too(tmp_path: Path)
         assert [len(features.picture("latents", i)) for i in range(count)] == [
             features.picture("latents", 0).shape[0]
         ] * count
+
+
+def test_new_captions_cost_no_new_latents_and_new_pixels_do(pictures: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+
+    def places() -> tuple[Path, Path]:
+        (features,) = features_of(recipe(data, tmp_path / "store"), "my.toml")
+        return features.place("latents"), features.place("texts")
+
+    before = places()
+    (data / "1.txt").write_text("something else")
+    after = places()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    Image.fromarray(cutouts.render(scene_of(3, 9))).save(data / "1.png")
+    assert places()[0] != before[0]
 
 
 @pytest.mark.parametrize(

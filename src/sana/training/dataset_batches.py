@@ -227,7 +227,7 @@ class DatasetBatches:
         for sample in self.samples.values():
             texts += [triggered(caption.text, self.settings.trigger) for caption in sample.captions]
         chosen = hashlib.sha256(repr(sorted(self.samples)).encode()).hexdigest()  # others have no features
-        cuts = f"{self.side}/{self.settings.square}/{chosen}/{self.source.identity()}"
+        cuts = f"{self.side}/{self.settings.square}/{chosen}/{self.source.identity(captions=False)}"
         pictures = {LATENTS: Pictures(count=len(self.source), read=self.picture, identity=cuts)}
         if self.control is not None:
             read, told = self._controls(self.control)
@@ -257,7 +257,7 @@ class DatasetBatches:
             height, width = self.buckets[index]
             return cut(paired.picture(numbers[self.samples[index].key]), height, width, upscale=True)
 
-        return read, paired.identity()
+        return read, paired.identity(captions=False)
 
 
 class PriorBatches:
