@@ -159,7 +159,10 @@ def test_loading_plans_for_the_pictures_and_the_network(sana: Sana, tiny_folder:
     said = sana(*words, "-o", "one.png")
     assert said.code == 0, said.err
     assert "does not fit" not in said.err
-    for name, more in {"large": ("--size", "512", "--no-binning"), "many": ("--count", "4", "--batch-size", "4")}.items():
+    for name, more in {
+        "large": ("--size", "512", "--no-binning"),
+        "many": ("--count", "4", "--batch-size", "4"),
+    }.items():
         said = sana(*words, *more, "-o", f"{name}.png")
         assert said.code == 0, said.err
         assert "does not fit into --max-vram" in said.err, name
