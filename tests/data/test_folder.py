@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from dataset_files import make_folder, picture_bytes
 from PIL import Image
 
+from dataset_files import make_folder, picture_bytes
 from sana.data.folder import FolderSource
 from sana.data.open import open_source
 from sana.data.samples import BadSample, Caption, Finding

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sana.nn.inference import learning
+from sana.nn.inference import learning, transformed
 from sana.nn.linear_attention import no_autocast
 
 
@@ -19,6 +19,11 @@ def caption_attention(q_BANK: Tensor, k_BATK: Tensor, v_BATK: Tensor, bias_B11T:
     if learning(q_BANK, k_BATK, v_BATK):
         # torch's fused kernel has the slowest backward pass of the whole network there.
         return cast(Tensor, _CaptionAttention.apply(q_BANK, k_BATK, v_BATK, bias_B11T))  # type: ignore[no-untyped-call]
+    if transformed():  # the fused kernels have no forward mode
+        scores = (q_BANK * q_BANK.shape[-1] ** -0.5) @ k_BATK.mT
+        scores = scores if bias_B11T is None else scores + bias_B11T
+        mixed: Tensor = scores.softmax(-1).to(v_BATK.dtype) @ v_BATK
+        return mixed
     return F.scaled_dot_product_attention(q_BANK, k_BATK, v_BATK, attn_mask=bias_B11T)
 
 

@@ -21,9 +21,13 @@ def learning(*tensors: Tensor) -> bool:
         and all(tensor.device.type == "cpu" for tensor in tensors)
         and any(tensor.requires_grad for tensor in tensors)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or another function transform is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
