@@ -1,0 +1,256 @@
+"""Pictures with captions as the trainer sees them: order, cuts, captions, what is broken and what is too small."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sana.data import cutouts
+from sana.errors import BadData, InvalidInput
+from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
+from sana.training.dataset_features import Encoders
+from sana.training.features import scene_of
+from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings
+
+CPU = torch.device("cpu")
+
+
+class Blocks:
+    """Stands for the encoders: a picture becomes the mean colours of its 32 x 32 cells, a text its bytes."""
+
+    def picture(self, picture: Image.Image) -> Tensor:
+        height, width = picture.height // 32, picture.width // 32
+        cells = np.asarray(picture, np.float32).reshape(height, 32, width, 32, 3).mean((1, 3))
+        return torch.from_numpy(cells).permute(2, 0, 1).contiguous()
+
+    def text(self, text: str) -> Tensor:
+        return torch.tensor([[2.0], *([float(byte)] for byte in text.encode())])
+
+
+def save(folder: Path, name: str, size: tuple[int, int], caption: str | None = None, shade: int = 100) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((size[1], size[0], 3), shade, np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    if caption is not None:
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(12):
+        size = ((512, 512), (704, 352), (352, 704))[number % 3]
+        save(tmp_path / "data", f"p{number:02d}", size, f"picture {number}", shade=10 * number)
+    return tmp_path / "data"
+
+
+def open_batches(path: Path, **changes: Any) -> DatasetBatches:
+    options: dict[str, Any] = {"batch_size": 2, "seed": 7, "side": 512, "dropout": 0.0, "device": CPU}
+    control = changes.pop("control", None)
+    options |= {key: changes.pop(key) for key in tuple(changes) if key in options}
+    encoders: Any = Blocks()
+    return DatasetBatches(DataSettings(path=str(path), **changes), encoders, **options, control=control)
+
+
+def draw(batches: Any, number: int) -> Any:
+    return batches.batch(number, torch.Generator().manual_seed(number))
+
+
+def words(batch: Any) -> list[str]:
+    rows = zip(batch.embeds, batch.mask, strict=True)
+    return [bytes(int(value) for value in row[1 : int(seen.sum()), 0]).decode() for row, seen in rows]
+
+
+def test_every_batch_has_one_shape_and_an_epoch_shows_everything_once(folder: Path) -> None:
+    batches = open_batches(folder)
+    epoch = [draw(batches, number) for number in range(batches.order.batches_per_epoch)]
+    assert {tuple(batch.latents.shape[2:]) for batch in epoch} == {(16, 16), (22, 11), (11, 22)}
+    assert sorted(text for batch in epoch for text in words(batch)) == sorted(f"picture {i}" for i in range(12))
+    for batch in epoch:  # each text beside its own picture
+        shades = batch.latents.mean((1, 2, 3)).round().int().tolist()
+        assert words(batch) == [f"picture {shade // 10}" for shade in shades]
+
+
+def test_a_batch_is_a_function_of_seed_and_number(folder: Path) -> None:
+    one, other = open_batches(folder), open_batches(folder)
+    for number in (5, 0, 9):
+        first, second = draw(one, number), draw(other, number)
+        assert torch.equal(first.latents, second.latents)
+        assert torch.equal(first.embeds, second.embeds)
+    another = open_batches(folder, seed=8)
+    assert any(words(draw(one, i)) != words(draw(another, i)) for i in range(4))
+
+
+def test_the_share_of_dropped_captions(folder: Path) -> None:
+    batches = open_batches(folder, dropout=0.25)
+    texts = [text for number in range(600) for text in words(draw(batches, number))]
+    assert texts.count("") / len(texts) == pytest.approx(0.25, abs=0.04)
+    assert words(draw(open_batches(folder, dropout=0.0), 3)) == words(draw(open_batches(folder), 3))
+
+
+def test_triggers_and_captions_of_the_recipe(tmp_path: Path) -> None:
+    save(tmp_path, "a", (512, 512), "a [trigger] on grass")
+    save(tmp_path, "b", (512, 512))
+    batches = open_batches(tmp_path, trigger="sks dog", caption="a photo")
+    assert sorted(text for number in range(2) for text in words(draw(batches, number)))[:1]
+    assert batches.first_captions(4) == ("a sks dog on grass", "sks dog, a photo")
+
+
+def test_held_out_samples_are_never_trained_on_and_do_not_depend_on_the_order(folder: Path) -> None:
+    batches = open_batches(folder, held_out=3)
+    apart = sorted(text for batch in batches.held_out() for text in words(batch))
+    assert len(apart) == 3
+    seen = {text for number in range(60) for text in words(draw(batches, number))}
+    assert len(seen) == 9
+    assert not seen & set(apart)
+    assert apart == sorted(
+        text for batch in open_batches(folder, held_out=3, seed=1).held_out() for text in words(batch)
+    )
+    with pytest.raises(InvalidInput, match="held_out is 12, but there are only 12 samples; hold out fewer"):
+        open_batches(folder, held_out=12)
+
+
+def test_small_pictures_are_never_enlarged_silently(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(folder, "tiny", (100, 100), "tiny picture")
+    sentence = r"1 pictures are smaller than their bucket at 512 pixels: tiny.png \(100x100\)\. Train at a smaller"
+    with pytest.raises(InvalidInput, match=sentence):
+        open_batches(folder)
+    assert len(open_batches(folder, small="skip").samples) == 12
+    assert "left out" in caplog.text
+    enlarged = open_batches(folder, small="upscale")
+    assert len(enlarged.samples) == 13
+    assert "enlarged" in caplog.text
+
+
+def test_a_broken_picture_found_at_the_start_stops_a_small_set_with_its_name(folder: Path) -> None:
+    (folder / "p03.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(BadData, match=r"1 of 12 samples in .* are broken, more than 1 %: p03\.png"):
+        open_batches(folder)
+
+
+def test_a_missing_and_an_empty_caption_are_named(folder: Path) -> None:
+    (folder / "p01.txt").unlink()
+    (folder / "p02.txt").write_text("\n")
+    with pytest.raises(BadData, match=r"2 of 12 samples.*p02\.txt:1") as caught:
+        open_batches(folder)
+    assert "p01.png" in str(caught.value)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    for number in range(200):
+        save(tmp_path / "many", f"m{number:03d}", (32, 32), f"m {number}", shade=number)
+    return tmp_path / "many"
+
+
+def test_a_picture_that_breaks_in_the_middle_is_replaced_and_told(many: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batches = open_batches(many, side=32, square=True, batch_size=10)
+    whole = (many / "m005.png").read_bytes()
+    (many / "m005.png").write_bytes(whole[:-30])  # the header, read at the start, was whole
+    epoch = [draw(batches, number) for number in range(20)]
+    texts = [text for batch in epoch for text in words(batch)]
+    assert len(texts) == 200
+    assert "m 5" not in texts
+    assert caplog.text.count("left out: m005.png") == 1
+    for number in range(3):
+        (many / f"m{number + 10:03d}.png").write_bytes(whole[:-30])
+    fresh = open_batches(many, side=32, square=True, batch_size=10)
+    with pytest.raises(BadData, match=r"3 of 20\d samples in .* are broken, more than 1 %"):
+        [draw(fresh, number) for number in range(20)]
+
+
+def test_controls_come_from_the_picture_or_from_a_folder_of_the_same_names(folder: Path, tmp_path: Path) -> None:
+    computed = open_batches(folder, control=Control(kind="canny"))
+    batch = draw(computed, 0)
+    assert batch.control is not None
+    assert float(batch.control.abs().max()) == 0  # plain pictures have no edges
+    for number in range(12):
+        save(tmp_path / "maps", f"p{number:02d}", (64, 64), shade=200 - number)
+    paired = open_batches(folder, control=Control(kind="map"), controls=str(tmp_path / "maps"))
+    batch = draw(paired, 1)
+    numbers = [int(text.split()[1]) for text in words(batch)]
+    assert batch.control is not None
+    assert batch.control.mean((1, 2, 3)).round().int().tolist() == [200 - number for number in numbers]
+    (tmp_path / "maps" / "p04.png").unlink()
+    with pytest.raises(InvalidInput, match=r"1 pictures have no control picture of the same name .* first is p04\.png"):
+        open_batches(folder, control=Control(kind="map"), controls=str(tmp_path / "maps"))
+
+
+def test_a_share_of_the_controls_is_emptied(folder: Path) -> None:
+    for number in range(12):
+        save(folder.parent / "maps", f"p{number:02d}", (64, 64), shade=200)
+    batches = open_batches(folder, control=Control(kind="map", dropout=0.3), controls=str(folder.parent / "maps"))
+    seen = [float(c.abs().max()) for number in range(300) for c in draw(batches, number).control]
+    assert sum(value == 0 for value in seen) / len(seen) == pytest.approx(0.3, abs=0.06)
+
+
+def test_instance_and_prior_share_a_batch(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "class", "c0", (512, 512))
+    save(tmp_path / "class", "c1", (512, 512))
+    instance = open_batches(folder, square=True, side=352)
+    both = PriorBatches(instance, open_batches(tmp_path / "class", square=True, side=352, caption="a dog"), 0.5)
+    batch = draw(both, 4)
+    assert words(batch)[2:] == ["a dog", "a dog"]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [2.0, 2.0, 1.0, 1.0]
+    assert [words(one) for one in both.held_out()] == [words(one) for one in instance.held_out()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train": "loar"}, r"flow_matching.train is 'loar'. Did you mean '?lora"),
+        ({"density": "gauss"}, "flow_matching.density is 'gauss'"),
+        ({"weighting": "snr"}, "flow_matching.weighting is 'snr'"),
+        ({"base_dtype": "fp8"}, "base_dtype is float32 or bfloat16, but not 'fp8'"),
+        ({"base_dtype": "bfloat16"}, 'with train = "full" none is'),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), but is 1.0"),
+        ({"shift": -1.0}, "shift must be positive, or 0 for the model's own"),
+        ({"snr_gamma": 2.0}, 'snr_gamma acts only with weighting = "min-snr"'),
+        ({"lora": {"rank": 3}}, r'\[flow_matching.lora\] acts only with train = "lora"; it is "full"'),
+        ({"control": {"blocks": 3}}, 'acts only with train = "controlnet"'),
+        ({"text": "a"}, "flow_matching.text has no effect beside start"),
+        ({"train": "lora", "fresh": True}, 'fresh draws all weights anew, which needs train = "full"'),
+        ({"data": {"path": "a"}, "features": "f"}, r"write \[flow_matching.data\] features"),
+        ({"prior": {"prompt": "a", "folder": "b"}}, "needs pictures to learn from"),
+        ({"data": {"path": "a"}, "prior": {"prompt": "a", "folder": "b"}}, "square = true: one size for both"),
+        ({"data": {"path": "a", "controls": "b"}}, r'goes with \[flow_matching.control\] kind = "map"'),
+        ({"data": {"path": "a", "small": "grow"}}, "small is refuse, skip or upscale, but not 'grow'"),
+        ({"data": {"path": "a", "held_out": -1}}, "must not be negative"),
+        ({"data": {"pth": "a"}}, r"flow_matching.data has no setting 'pth'. Did you mean '?path"),
+        ({"start": "", "train": "lora"}, "needs a model to start from: set start"),
+        ({"start": "", "data": {"path": "a"}}, "needs the encoders of a model: set start, with fresh = true"),
+        ({"start": ""}, "flow_matching lacks autoencoder, text, features"),
+        (
+            {"data": {"path": "a", "square": True}, "prior": {"prompt": "a", "folder": "b", "weight": 0.0}},
+            "prior.weight must be positive, but is 0.0; omit the table",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        FlowMatchingSettings(**{"start": "nano", **changes})
+
+
+def test_the_world_of_the_package_is_read_like_any_other(tmp_path: Path) -> None:
+    for number in range(4):
+        Image.fromarray(cutouts.render(scene_of(1, number))).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a thing")
+    from sana.training.starting import StartModel
+
+    batches = DatasetBatches(
+        DataSettings(path=str(tmp_path)),
+        Encoders(StartModel("nano", CPU)),
+        batch_size=2,
+        seed=0,
+        side=256,
+        dropout=0.0,
+        device=CPU,
+    )
+    batch = draw(batches, 0)
+    assert batch.latents.shape == (2, 32, 8, 8)
+    assert 0.5 < float(batch.latents.square().mean()) < 2
+    assert batches.null.shape == (1, 192)

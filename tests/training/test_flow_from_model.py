@@ -1,0 +1,231 @@
+"""Flow matching that starts from a model: every trainable, from a recipe's settings to what others load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sana.checkpoints.controlnet import SanaControlNetModel
+from sana.checkpoints.hub import locate
+from sana.data import cutouts
+from sana.engine.generate import generate_images
+from sana.engine.parts import CARD_KEY, load
+from sana.engine.request import LoraRequest, Request
+from sana.errors import CheckpointError, InvalidInput
+from sana.flow.density import loss_weights
+from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.features import scene_of
+from sana.training.loop import Trainer
+from sana.training.objectives.flow_matching import FlowMatchingObjective
+from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.starting import StartModel
+
+CPU = torch.device("cpu")
+PROMPT = "a red fish"
+
+
+def run(**changes: Any) -> RunSettings:
+    base = {"steps": 2, "batch_size": 2, "precision": "float32", "ema": 0.0, "evaluate_every": 1000}
+    return RunSettings(**{**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(4):
+        Image.fromarray(cutouts.render(scene_of(3, number))).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"thing number {number}", encoding="utf-8")
+    return folder
+
+
+def objective(pictures: Path, settings: RunSettings | None = None, **changes: Any) -> FlowMatchingObjective:
+    options: dict[str, Any] = {"start": "nano", "data": {"path": str(pictures)}, "prompts": (PROMPT,)}
+    return FlowMatchingObjective(FlowMatchingSettings(**{**options, **changes}), settings or run(), CPU)
+
+
+def train(one: FlowMatchingObjective, folder: Path, lr: float = 1e-2) -> Path:
+    trainer = Trainer(one, one.run, OptimizerSettings(lr=lr, warmup=1), folder / "run")
+    trainer._look = lambda: None  # type: ignore[method-assign]
+    for _ in trainer.steps():
+        pass
+    trainer.export(folder / "run" / "export")
+    return folder / "run" / "export"
+
+
+def test_an_adapter_acts_in_the_command_as_it_did_in_training_and_the_reference_loads_it(
+    pictures: Path, tmp_path: Path
+) -> None:
+    import diffusers
+
+    one = objective(
+        pictures,
+        train="lora",
+        lora={"rank": 2, "targets": ["to_q", "to_v", "conv_point"], "trigger": "sks", "dialects": ["peft", "kohya"]},
+    )
+    export = train(one, tmp_path)
+    batch = next(iter(one.origin.batches.held_out()))
+    with torch.no_grad():
+        wanted = one.trainable.velocity(batch.latents, batch, torch.full((len(batch.latents),), 500.0))
+    assert {file.name for file in export.iterdir()} == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "kohya.safetensors",
+    }
+    parts = load("nano", device="cpu", dtype=torch.float32)
+    plain = generate_images(parts, Request(prompt=PROMPT, seed=1, steps=2)).image
+    adapter = LoraRequest(source=str(export / "pytorch_lora_weights.safetensors"))
+    adapted = Request(prompt=PROMPT, seed=1, steps=2, loras=(adapter,))
+    other = generate_images(parts, adapted).image
+    assert np.abs(np.asarray(plain, int) - np.asarray(other, int)).max() > 3
+    folder = locate("nano").folder
+    theirs = diffusers.SanaTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    theirs.load_lora_adapter(load_file(export / "pytorch_lora_weights.safetensors"), prefix="transformer")
+    with torch.no_grad():
+        found = theirs(
+            batch.latents,
+            batch.embeds,
+            torch.full((len(batch.latents),), 500.0),
+            encoder_attention_mask=batch.mask,
+        ).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert "base_model: nano" in card
+    assert "Apache-2.0" in card
+    assert "instance_prompt: sks" in card
+
+
+def test_a_control_network_is_exported_alone_and_steers_the_command(pictures: Path, tmp_path: Path) -> None:
+    one = objective(pictures, train="controlnet", control={"kind": "canny", "blocks": 2, "dropout": 0.0})
+    export = train(one, tmp_path)
+    network = SanaControlNetModel.from_pretrained(export)
+    assert len(network.transformer_blocks) == 2
+    assert any(bool(block.weight.any()) for block in network.controlnet_blocks)  # type: ignore[union-attr]
+    preview = one.preview()
+    assert preview is not None
+    assert preview.size == (256, 512)  # a picture above its control
+
+
+def test_all_weights_are_written_as_a_model_that_the_reference_loads(pictures: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    one = objective(pictures, train="full")
+    export = train(one, tmp_path)
+    theirs = diffusers.SanaTransformer2DModel.from_pretrained(export / "transformer", torch_dtype=torch.float32)
+    ours = one.trainable.transformer.state_dict()
+    assert all(torch.equal(ours[name].half().float(), tensor) for name, tensor in theirs.state_dict().items())
+    drawn = generate_images(load(export, device="cpu"), Request(prompt=PROMPT, seed=1, steps=1)).image
+    assert drawn.size == (256, 256)
+    assert json.loads((export / "model_index.json").read_text())[CARD_KEY] == "nano"
+
+
+def test_an_exported_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> None:
+    export = train(objective(pictures, train="full"), tmp_path)
+    again = objective(pictures, start=str(export), train="lora")
+    assert again.origin.shift == 2.5
+    stored = load_file(export / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(again.trainable.transformer.proj_out.weight, stored["proj_out.weight"].float())
+    assert bool(torch.isfinite(again.loss(0)[0]))
+
+
+def test_features_kept_in_files_give_the_losses_of_features_made_on_the_way(pictures: Path, tmp_path: Path) -> None:
+    data = {"path": str(pictures), "features": str(tmp_path / "features")}
+    stored, fresh = objective(pictures, data=data), objective(pictures)
+    for number in range(4):
+        assert torch.equal(stored.loss(number)[0], fresh.loss(number)[0])
+    again = objective(pictures, data=data)
+    assert "autoencoder" not in again.origin.start.__dict__  # type: ignore[attr-defined]  # nothing had to be encoded
+    assert torch.equal(again.loss(2)[0], fresh.loss(2)[0])
+    for file in (tmp_path / "features").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        objective(pictures, data=data).loss(0)
+
+
+def test_figures_look_at_fixed_levels(pictures: Path) -> None:
+    one = objective(pictures)
+    one.module.eval()
+    first = one.evaluate()
+    assert set(first) == {"matched", "gap"}
+    assert first == one.evaluate()
+    assert one.better == "lower"
+
+
+def test_a_fresh_transformer_keeps_the_encoders_and_predicts_nothing_at_first(pictures: Path) -> None:
+    one = objective(pictures, fresh=True)
+    for number in range(2):
+        latents = one.origin.batches.batch(number, torch.Generator().manual_seed(0)).latents
+        expected = 1 + float(latents.square().mean())
+        assert float(one.loss(number)[0].detach()) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_prior_is_drawn_once_and_learnt_beside(pictures: Path, tmp_path: Path) -> None:
+    prior = {"prompt": "a blue star", "folder": str(tmp_path / "class"), "count": 3, "steps": 1, "guidance": 1.0}
+    options: dict[str, Any] = {"data": {"path": str(pictures), "square": True}, "prior": prior, "train": "lora"}
+    one = objective(pictures, **options)
+    names = sorted(file.name for file in (tmp_path / "class").iterdir())
+    assert names == ["class-0000.png", "class-0001.png", "class-0002.png"]
+    times = [file.stat().st_mtime_ns for file in sorted((tmp_path / "class").iterdir())]
+    batch = one.origin.batches.batch(0, torch.Generator())
+    assert len(batch.latents) == 4
+    assert batch.weights is not None
+    objective(pictures, **options)
+    assert times == [file.stat().st_mtime_ns for file in sorted((tmp_path / "class").iterdir())]
+
+
+def test_a_model_with_a_time_of_its_own_scale_is_told_it_untruncated(pictures: Path) -> None:
+    dense = objective(pictures, model={"timestep_scale": 0.001})
+    levels = dense._levels(64, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(levels.timesteps, 1000 * levels.sigmas)
+    assert bool((levels.timesteps != levels.timesteps.round()).any())
+    table = objective(pictures)._levels(64, torch.Generator().manual_seed(0))
+    assert table.timesteps.dtype == torch.int64
+
+
+def test_what_a_configuration_may_change(pictures: Path) -> None:
+    larger = objective(pictures, model={"sample_size": 16}).trainable.transformer
+    assert larger.config.sample_size == 16
+    with pytest.raises(InvalidInput, match=r"flow_matching.model \(num_layers = 7\) does not fit the weights of nano"):
+        objective(pictures, model={"num_layers": 7})
+
+
+def test_missing_norms_start_at_one(pictures: Path, tmp_path: Path) -> None:
+    export = train(objective(pictures, train="full"), tmp_path)
+    config = json.loads((export / "transformer" / "config.json").read_text())
+    (export / "transformer" / "config.json").write_text(json.dumps({**config, "qk_norm": None}))
+    file = next((export / "transformer").glob("*.safetensors"))
+    from safetensors.torch import save_file
+
+    save_file({name: t for name, t in load_file(file).items() if "norm_q" not in name and "norm_k" not in name}, file)
+    grown = StartModel(str(export), CPU).transformer(torch.float32, {"qk_norm": "rms_norm_across_heads"})
+    added = [t for name, t in grown.state_dict().items() if name.endswith(("norm_q.weight", "norm_k.weight"))]
+    assert len(added) == 4 * len(grown.transformer_blocks)
+    assert all(bool((tensor == 1).all()) for tensor in added)
+
+
+def test_weights_of_the_levels() -> None:
+    sigmas = torch.tensor([0.25, 0.5, 0.9], dtype=torch.float64)
+    assert loss_weights("none", sigmas).tolist() == [1, 1, 1]
+    torch.testing.assert_close(loss_weights("sigma-sqrt", sigmas), sigmas**-2)
+    torch.testing.assert_close(
+        loss_weights("cosmap", sigmas), 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas**2)), rtol=1e-12, atol=0
+    )
+    ratio = ((1 - sigmas) / sigmas) ** 2
+    torch.testing.assert_close(loss_weights("min-snr", sigmas), sigmas**2 * ratio.clamp(max=5.0))
+    with pytest.raises(InvalidInput, match="There is no weighting 'snr'"):
+        loss_weights("snr", sigmas)
+
+
+@pytest.mark.parametrize(
+    ("start", "sentence"),
+    [("no-such-model", "no-such-model"), ("sana-1.6b-512x", "sana-1.6b-512")],
+)
+def test_a_model_that_is_not_there(pictures: Path, start: str, sentence: str) -> None:
+    from sana.errors import ModelNotFound
+
+    with pytest.raises(ModelNotFound, match=sentence):
+        objective(pictures, start=start)
