@@ -248,6 +248,43 @@ def test_a_half_picture_is_told_and_the_rest_is_drawn(draw: Sana) -> None:
     assert "p.jsonl, line 1: out/f.png is no whole picture." in said.err
 
 
+def test_what_is_left_of_a_picture_of_ours_is_drawn_anew(draw: Sana) -> None:
+    written([{"prompt": "a fox", "name": name, "seed": 3} for name in "abcde"])
+    assert draw("batch", "p.jsonl", "-o", "out", "--steps", "1").code == 0
+    whole = {name: Path(f"out/{name}.png").read_bytes() for name in "abcde"}
+    flipped = bytearray(whole["b"])
+    flipped[-60] ^= 1  # within the pixels: begin, end and sizes are right
+    noise = Path("out/c.png")
+    ruins = {"a": whole["a"][:-300], "b": bytes(flipped), "c": whole["c"][:9], "d": b"", "e": whole["e"] + b"more"}
+    for name, data in ruins.items():
+        Path(f"out/{name}.png").write_bytes(data)
+    said = draw("batch", "p.jsonl", "-o", "out", "--steps", "1")
+    assert said.code == 0, said.err
+    assert said.out.split() == [f"out/{name}.png" for name in "abcde"]
+    assert said.err.count("is no whole picture; it is drawn anew.") == 5
+    assert "5 pictures: 5 drawn." in said.err
+    assert {name: Path(f"out/{name}.png").read_bytes() for name in "abcde"} == whole
+    for manifest in Path("out").glob("manifest*"):
+        manifest.unlink()
+    Path("out/a.png").write_bytes(whole["a"][:-300])  # its record is still in it
+    noise.write_bytes(whole["c"][:9])  # may have been anybody's
+    Path("out/d.png").write_bytes(b"a letter to my aunt")
+    said = draw("batch", "p.jsonl", "-o", "out", "--steps", "1")
+    assert said.code == 6
+    assert said.out.split() == ["out/a.png"]
+    assert (noise.read_bytes(), Path("out/d.png").read_bytes()) == (whole["c"][:9], b"a letter to my aunt")
+    assert "out/d.png is no whole picture. Delete it, or draw it again with --force." in said.err
+
+
+def test_another_picture_is_never_written_over(draw: Sana) -> None:
+    written([{"prompt": "a fox", "name": "f", "seed": 3}])
+    Path("out").mkdir()
+    Image.new("RGB", (8, 8), "red").save("out/f.png")
+    before = Path("out/f.png").read_bytes()
+    assert draw("batch", "p.jsonl", "-o", "out").out == ""
+    assert Path("out/f.png").read_bytes() == before
+
+
 def test_a_manifest_that_was_cut_short_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     Manifest(path).done(Path("a.png"), 1, 0.5, "p, line 1", "x")

@@ -96,10 +96,9 @@ def test_a_batch_that_does_not_fit_is_told(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "Say what to do: sana dataset"),
         (("captoin",), "`sana dataset` does not know 'captoin'. Did you mean 'caption'?"),
-        (("caption",), "Name one folder of pictures, tar, or folder of tars: sana dataset caption pictures/"),
-        (("score", "a", "b"), "Name one folder of pictures, tar, or folder of tars: sana dataset score pictures/"),
+        (("caption",), "Name one data set. For example: sana dataset caption my-pictures"),
+        (("score", "a", "b"), "Name one data set. For example: sana dataset score my-pictures"),
         (("caption", "data"), "Which model? For example: -m "),
         (("caption", "data", "-m", "x/y", "--seed", "1"), "--seed has no effect at --temperature 0."),
         (("caption", "data", "-m", "x/y", "--samples", "2"), "Several `samples` of a prompt are all the same"),

@@ -279,7 +279,7 @@ def test_dtypes_device_and_threads_are_those_of_the_record(
 ) -> None:
     seen: list[Machine] = []
 
-    def load(machine: Machine, *_: object) -> None:
+    def load(machine: Machine, *_: object, **__: object) -> None:
         seen.append(machine)
         raise AssertionError("enough")
 

@@ -15,9 +15,12 @@ from sana.apps.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALLER = {"evaluate": ["--prompts", "1", "--images", "1", "--steps", "1"]}
+SMALLER = {
+    "evaluate": ["--prompts", "1", "--images", "1", "--steps", "1"],
+    "train": ["--run.steps", "2", "--run.evaluate_every", "2"],
+}
 NOT_HERE = {
-    "train": "rebuilds the model in two hours; tests/training runs its stages small",
+    "recipes/nano/*.toml": "rebuilds the model in two hours; tests/training runs its stages small",
     "-m": "needs the hub; tests/checkpoints runs it against a hub of its own",
     "pull": "needs the hub; tests/checkpoints/test_library.py runs it against a hub of its own",
     "Sana_1600M_1024px.pth": "a file of 3 GB; tests/apps/test_convert_command.py converts small ones",
@@ -45,6 +48,7 @@ def test_every_command_of_the_readme_works_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     mask = Image.new("L", (256, 256))
     mask.paste(255, (0, 0, 256, 120))
     mask.save("sky.png")
@@ -55,7 +59,7 @@ def test_every_command_of_the_readme_works_in_order(
         code = main([*words, *SMALLER.get(words[0], [])]) if words else run_in_shell(line)
         assert code == 0, (line, capsys.readouterr().err)
         ran += 1
-    assert ran >= 25
+    assert ran >= 32
     folders = {"pictures": 4, "sweep": 7, "fish": 2, "two": 2, "edits": 5, "many": 2}
     assert {name: len(list((tmp_path / name).glob("*.png"))) for name in folders} == folders
 

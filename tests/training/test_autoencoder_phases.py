@@ -21,6 +21,7 @@ from sana.training.autoencoder_pictures import DatasetPictures, DrawnPictures, c
 from sana.training.config import OptimizerSettings
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import TRAINED, AutoencoderObjective, AutoencoderSettings
+from sana.training.reconstruction import psnr, squared_error
 
 NANO = Path(__file__).parents[2] / "src" / "sana" / "assets" / "nano" / "vae"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -73,7 +74,7 @@ def test_each_phase_changes_its_own_layers_and_no_others(started: Path, tmp_path
 def test_refinement_leaves_latents_and_their_scale_and_latent_adaptation_changes_them(
     started: Path, tmp_path: Path
 ) -> None:
-    drawn = DrawnPictures(0, 64).held_out(4)
+    drawn = DrawnPictures(0, 64).held_out(0, 4)
     with torch.no_grad():
         before = AutoencoderDC.from_pretrained(started).encode(drawn)[0]
     for phase in ("refine", "latent"):
@@ -146,13 +147,17 @@ def test_channels_are_dropped_from_the_end_by_one_draw_a_step() -> None:
         figures = objective.evaluate()
     assert [name for name in figures if name.startswith("psnr_")] == ["psnr_shaken", "psnr_2", "psnr_4", "psnr_8"]
     assert figures["psnr_8"] == figures["psnr"] != figures["psnr_2"]
+    whole = objective.pictures.held_out(0, 64)
+    with torch.no_grad():
+        restored = objective.module.autoencoder(whole, return_dict=False)[0]
+    assert figures["psnr"] == pytest.approx(psnr(squared_error(restored, whole)), abs=1e-3)
     assert float(objective.loss(3)[0].detach()) == float(objective.loss(3)[0].detach())
 
 
 def test_zeroed_channels_are_the_same_as_slices_of_the_two_layers_around() -> None:
     torch.manual_seed(0)
     model = DCAutoencoder(AutoencoderDC.from_config(AUTOENCODER).config).eval()
-    pictures, count = DrawnPictures(0, 64).held_out(2), 3
+    pictures, count = DrawnPictures(0, 64).held_out(0, 2), 3
     encoder, decoder = model.encoder, model.decoder
     whole: dict[str, torch.Tensor] = {}
     encoder.conv_out.register_forward_hook(lambda _, given, out: whole.update(before=given[0], after=out))
@@ -195,7 +200,7 @@ def test_shortcuts_pass_on_what_they_can_hold() -> None:
 def test_the_size_of_the_latents_hardly_changes_with_that_of_the_pictures_after_the_second_phase(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sana.training.objectives.autoencoder.HELD_OUT_PICTURES", 4)
+    monkeypatch.setattr("sana.training.autoencoder_pictures.HELD_OUT_PICTURES", 4)
     settings = AutoencoderSettings(start=str(NANO), phase="latent", size=256, latent_noise=0.0)
     trainer = train(settings, tmp_path, steps=2, lr=1e-4)
     objective = trainer.objective
@@ -214,7 +219,7 @@ def test_pictures_of_the_disk_are_cropped_by_draw_and_some_are_held_out(pictures
     assert -1 <= float(one.pixels.min()) < float(one.pixels.max()) <= 1
     assert not torch.equal(one.pixels, source.batch(random.Random(6), 5, 4).pixels)  # another crop
     assert not torch.equal(one.pixels, source.batch(random.Random(5), 6, 4).pixels)  # other pictures
-    assert source.held_out(64).shape == (1, 3, 128, 128)
+    assert source.held_out(0, 64).shape == (1, 3, 128, 128)
     assert set(source._held).isdisjoint(source._trained)
     assert len(source._held) + len(source._trained) == 11
     assert source.batch(random.Random(0), 0, 32).pixels.shape[0] == 32  # more than there are

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +25,13 @@ from sana.data import cutouts
 from sana.errors import CheckpointError, InvalidInput, NonFinite
 from sana.training import dataset_features
 from sana.training.config import OptimizerSettings, Recipe, RunSettings
+from sana.training.dataset_batches import DatasetBatches
 from sana.training.dataset_features import FACTS, DatasetFeatures, Encoders, Pictures
 from sana.training.features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.origins import ModelOrigin
 from sana.training.precompute import features_of
 from sana.training.starting import StartModel
 
@@ -110,6 +113,26 @@ def test_shares_of_several_processes_make_what_one_makes(pictures: Path, whole: 
     assert digests(tmp_path) == digests(whole)
     assert sum(counts) == len(digests(whole))
     assert min(counts) > 0
+
+
+def test_processes_that_train_together_begin_with_different_shards(
+    pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    batches = ModelOrigin(
+        FlowMatchingSettings(**recipe(pictures, tmp_path).settings), RunSettings(**RUN), CPU, prepare=False
+    ).batches
+    assert isinstance(batches, DatasetBatches)
+    with caplog.at_level(logging.INFO, "sana.training.dataset_batches"):
+        batches.ready()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"features {i} of {n}: {name}" for i, n, name in (
+        (1, 3, "00001.safetensors"), (2, 3, "00000.safetensors"), (3, 3, "00002.safetensors"),
+        (1, 6, "00000.safetensors"), (3, 6, "00002.safetensors"), (5, 6, "00001.safetensors"),
+    )]  # fmt: skip
+    assert digests(tmp_path) == digests(whole)
 
 
 def test_a_computation_that_is_killed_goes_on_and_makes_the_same(pictures: Path, whole: Path, tmp_path: Path) -> None:
@@ -331,6 +354,22 @@ def test_small_pictures_that_are_taken_in_later_get_features_too(tmp_path: Path)
         assert [len(features.picture("latents", i)) for i in range(count)] == [
             features.picture("latents", 0).shape[0]
         ] * count
+
+
+def test_new_captions_cost_no_new_latents_and_new_pixels_do(pictures: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+
+    def places() -> tuple[Path, Path]:
+        (features,) = features_of(recipe(data, tmp_path / "store"), "my.toml")
+        return features.place("latents"), features.place("texts")
+
+    before = places()
+    (data / "1.txt").write_text("something else")
+    after = places()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    Image.fromarray(cutouts.render(scene_of(3, 9))).save(data / "1.png")
+    assert places()[0] != before[0]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Two gloo processes: they walk as one, split weights, resume each other's runs, and stop when one is gone."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -77,11 +77,6 @@ def beside(rank: int, task: Callable[[int, Path], None], folder: Path) -> None:
     leave()
 
 
-def together(task: Callable[[int, Path], None], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    multiprocessing.spawn(beside, args=(task, folder), nprocs=2)  # type: ignore[no-untyped-call]
-
-
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
 
@@ -90,6 +85,24 @@ def state(folder: Path) -> dict[str, Tensor]:
     found = load_state(folder / "states")
     assert found is not None
     return {f"{part}/{name}": tensor for part, tensors in found.parts.items() for name, tensor in tensors.items()}
+
+
+def poisoned(rank: int, folder: Path) -> None:
+    draws = frozenset({3}) if rank == 1 else frozenset()  # draw 3 is the second process's, in step 1
+    trainer = Trainer(Regression(draws), settings(steps=3, max_non_finite=0), ADAMW, folder)
+    steps = trainer.steps()
+    next(steps)
+    before = {name: p.detach().clone() for name, p in trainer.objective.module.named_parameters()}
+    with pytest.raises(NonFinite, match="1 steps had a non-finite"):
+        next(steps)
+    assert trainer.refused == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.objective.module.named_parameters())
+
+
+def stopped(rank: int, folder: Path) -> None:
+    trainer = Trainer(Regression(), settings(), ADAMW, folder)
+    seen = [report.step for report in trainer.steps(lambda: rank == 1 and trainer.step == 6)]
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
 
 
 def all_of_it(rank: int, folder: Path) -> None:
@@ -102,61 +115,50 @@ def all_of_it(rank: int, folder: Path) -> None:
     blocks(folder / "resumed", shard=True)
     blocks(folder / "begun by two", stop=5)
     blocks(folder / "begun by one")
+    poisoned(rank, folder / "poisoned")
+    stopped(rank, folder / "stopped")
 
 
-def test_two_processes_walk_as_one(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, once for all tests; one run was begun here, and one is ended here."""
+    folder = tmp_path_factory.mktemp("pair")
+    blocks(folder / "begun by one", stop=5, accumulate=2)
+    multiprocessing.spawn(beside, args=(all_of_it, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    blocks(folder / "begun by two", accumulate=2)
+    return folder
+
+
+def test_two_processes_walk_as_one(tmp_path: Path, pair: Path) -> None:
     one = blocks(tmp_path / "one", accumulate=2)
-    blocks(tmp_path / "begun by one", stop=5, accumulate=2)
     blocks(tmp_path / "four", accumulate=4)
     game(tmp_path / "game alone", accumulate=2)
-    together(all_of_it, tmp_path)
-    blocks(tmp_path / "begun by two", accumulate=2)
     whole, expected = state(tmp_path / "one"), losses(tmp_path / "one")
     for name in ("copies", "split", "resumed", "begun by two", "begun by one"):
-        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
-        found = state(tmp_path / name)
+        assert losses(pair / name) == pytest.approx(expected, abs=1e-5), name
+        found = state(pair / name)
         assert found.keys() == whole.keys()
         for key, tensor in whole.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
-    for pair in (("micro", "four"), ("game", "game alone")):
-        assert losses(tmp_path / pair[0]) == pytest.approx(losses(tmp_path / pair[1]), abs=1e-5), pair
-    split, resumed = state(tmp_path / "split"), state(tmp_path / "resumed")
+    for two, alone in (("micro", "four"), ("game", "game alone")):
+        assert losses(pair / two) == pytest.approx(losses(tmp_path / alone), abs=1e-5), two
+    split, resumed = state(pair / "split"), state(pair / "resumed")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in split.items())
-    exported = torch.load(tmp_path / "split" / "export" / "weights.pt", weights_only=True)
+    exported = torch.load(pair / "split" / "export" / "weights.pt", weights_only=True)
     torch.testing.assert_close(exported["first.weight"], one.average.values["first.weight"], rtol=1e-3, atol=2e-5)
     assert torch.equal(exported["frozen.weight"], one.objective.module["frozen"].weight)  # type: ignore[index]
-    best = dict(read_tensors(tmp_path / "split" / "best" / "module.safetensors"))
+    best = dict(read_tensors(pair / "split" / "best" / "module.safetensors"))
     assert best["first.weight"].shape == (31, 32)
 
 
-def one_of_them_poisoned(rank: int, folder: Path) -> None:
-    draws = frozenset({3}) if rank == 1 else frozenset()  # draw 3 is the second process's, in step 1
-    trainer = Trainer(Regression(draws), settings(steps=3, max_non_finite=0), ADAMW, folder / "poisoned")
-    before: dict[str, Any] = {}
-    with pytest.raises(NonFinite, match="1 steps had a non-finite"):
-        for _ in trainer.steps():
-            before = {name: p.detach().clone() for name, p in trainer.objective.module.named_parameters()}
-    assert trainer.refused == 1
-    assert all(torch.equal(p, before[name]) for name, p in trainer.objective.module.named_parameters())
-
-
-def test_a_non_finite_loss_of_one_process_is_refused_by_all(tmp_path: Path) -> None:
-    together(one_of_them_poisoned, tmp_path)
-    import json
-
-    (told,) = json.loads((tmp_path / "poisoned" / "non-finite.json").read_text())
+def test_a_non_finite_loss_of_one_process_is_refused_by_all(pair: Path) -> None:
+    (told,) = json.loads((pair / "poisoned" / "non-finite.json").read_text())
     assert (told["step"], told["draws"], told["processes"]) == (1, [2, 3], [1])
+    assert "weight" in "".join(told["gradients"])
 
 
-def one_stops(rank: int, folder: Path) -> None:
-    trainer = Trainer(Regression(), settings(), ADAMW, folder / "stopped")
-    seen = [report.step for report in trainer.steps(lambda: rank == 1 and trainer.step == 6)]
-    assert seen == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_a_stop_asked_of_one_process_ends_all_after_the_same_step_saved(tmp_path: Path) -> None:
-    together(one_stops, tmp_path)
-    found = load_state(tmp_path / "stopped" / "states")
+def test_a_stop_asked_of_one_process_ends_all_after_the_same_step_saved(pair: Path) -> None:
+    found = load_state(pair / "stopped" / "states")
     assert found is not None
     assert found.step == 7
 
@@ -176,7 +178,7 @@ def one_dies(rank: int, how: str, folder: str) -> None:
         os._exit(0)
 
 
-@pytest.mark.parametrize("how", ["dies", "stalls"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
 def test_when_a_process_is_gone_or_silent_the_others_stop_with_a_sentence(tmp_path: Path, how: str) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=one_dies, args=(rank, how, str(tmp_path))) for rank in range(2)]

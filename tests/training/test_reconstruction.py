@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, psnr, rms
+from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, mean_square, psnr, squared_error
 
 
 def test_the_edge_loss_is_blind_to_a_constant_and_sees_a_ramp_at_every_scale() -> None:
@@ -44,6 +44,7 @@ def test_the_adaptive_factor_lets_both_losses_pull_equally_at_the_last_weights()
 
 def test_figures() -> None:
     picture = torch.zeros(1, 3, 8, 8)
-    assert psnr(picture + 0.2, picture) == pytest.approx(20)
-    assert psnr(picture + 5, picture) == pytest.approx(-10 * math.log10(0.25))
-    assert rms(torch.tensor([3.0, -3.0])) == 3
+    assert psnr(squared_error(picture + 0.2, picture)) == pytest.approx(20)
+    assert psnr(squared_error(picture + 5, picture)) == pytest.approx(-10 * math.log10(0.25))
+    assert psnr(squared_error(picture, picture)) == 120
+    assert mean_square(torch.tensor([3.0, -3.0])) == 9

@@ -71,7 +71,7 @@ class FolderSource:
         Raises:
             BadData: a folder in it cannot be read.
         """
-        self.folder, self.prompt, self._identity = folder, prompt, ""
+        self.folder, self.prompt, self._identities = folder, prompt, dict[bool, str]()
         scan = _scanned(folder)
         for name in scan.records:
             _read_records(folder, name, scan)
@@ -114,18 +114,20 @@ class FolderSource:
         """Return the path of a picture."""
         return self.folder / self._entries[index].path
 
-    def identity(self) -> str:
-        """Return the digest over names, captions, sizes and both ends of all files."""
-        self._identity = self._identity or self._digest()
-        return self._identity
+    def identity(self, *, captions: bool = True) -> str:
+        """Return the digest over names, captions, sizes and both ends of all files; see `Source`."""
+        if captions not in self._identities:
+            self._identities[captions] = self._digest(captions)
+        return self._identities[captions]
 
-    def _digest(self) -> str:
+    def _digest(self, captions: bool) -> str:
         digest = hashlib.sha256()
         for entry in self._entries:
             digest.update(f"\n{entry.path}\0".encode("utf-8", "surrogateescape"))
             try:
                 digest.update(_ends(self.folder / entry.path))
-                digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
+                if captions:
+                    digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
             except (OSError, BadSample) as error:
                 digest.update(type(error).__name__.encode())
         return digest.hexdigest()

@@ -109,8 +109,11 @@ class Source(Protocol):
         """Return the picture in RGB, upright. Raises BadSample naming its place."""
         ...
 
-    def identity(self) -> str:
-        """Return hexadecimal digits that tell this content from any other, for stores of what is computed from it."""
+    def identity(self, *, captions: bool = True) -> str:
+        """Return hexadecimal digits that tell this content from any other, for stores of what is computed from it.
+
+        Without `captions` they are about the pictures alone.
+        """
         ...
 
 

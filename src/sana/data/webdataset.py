@@ -47,7 +47,7 @@ class ShardSource:
         Raises:
             BadData: one of them is no file that can be read.
         """
-        self.prompt, self._identity = prompt, ""
+        self.prompt, self._identities = prompt, dict[bool, str]()
         self._shards = [read_index(path, place) for path, place, _ in tars]
         self._beside: list[dict[str, dict[str, Any]]] = []
         self._entries: list[_Entry] = []
@@ -112,12 +112,13 @@ class ShardSource:
         entry = self._entries[index]
         return self._shards[entry.shard].path, entry.key
 
-    def identity(self) -> str:
-        """Return the digest over keys, captions, sizes and both ends of all pictures."""
-        self._identity = self._identity or self._digest()
-        return self._identity
+    def identity(self, *, captions: bool = True) -> str:
+        """Return the digest over keys, captions, sizes and both ends of all pictures; see `Source`."""
+        if captions not in self._identities:
+            self._identities[captions] = self._digest(captions)
+        return self._identities[captions]
 
-    def _digest(self) -> str:
+    def _digest(self, captions: bool) -> str:
         digest = hashlib.sha256()
         for entry in self._entries:
             digest.update(f"\n{self._place(entry)}\0".encode("utf-8", "surrogateescape"))
@@ -128,7 +129,8 @@ class ShardSource:
                     for place in (0, max(0, size - ENDS)):
                         file.seek(place)
                         digest.update(file.read(ENDS))
-                digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
+                if captions:
+                    digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
             except BadSample as error:
                 digest.update(error.finding.kind.encode())
         return digest.hexdigest()

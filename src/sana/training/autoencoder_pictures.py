@@ -45,8 +45,11 @@ class PictureSource(Protocol):
         """Batch number `draw`: a function of `rng`, which is seeded with seed and draw, and of the number."""
         ...
 
-    def held_out(self, count: int) -> Tensor:
-        """The same pictures always, at most `count`, which are never trained on: [B, 3, H, W]."""
+    held: int
+    """How many pictures are never trained on."""
+
+    def held_out(self, first: int, count: int) -> Tensor:
+        """Of those `count` from number `first` on, or as many as there are: [B, 3, H, W]."""
         ...
 
 
@@ -72,7 +75,7 @@ class DrawnPictures:
     """Scenes of the drawn world, enlarged where a size other than their own is asked for."""
 
     def __init__(self, seed: int, size: int = cutouts.SIZE) -> None:
-        self.size = size
+        self.size, self.held = size, HELD_OUT_PICTURES
         held_out = random.Random(f"{seed}/held-out")
         self._scenes = [
             cutouts.sample_scene(held_out, held_out=bool(i % 2), counts=None if i % 2 == 0 else (1, 1))
@@ -85,9 +88,9 @@ class DrawnPictures:
         labels = np.stack([cell_labels(scene, self.size // CELL) for scene in scenes])
         return Pictures(pixels=self._pixels(scenes), labels=torch.from_numpy(labels))
 
-    def held_out(self, count: int) -> Tensor:
+    def held_out(self, first: int, count: int) -> Tensor:
         """Scenes of which half are of combinations that training never draws."""
-        return self._pixels(self._scenes[:count])
+        return self._pixels(self._scenes[first : first + count])
 
     def _pixels(self, scenes: list[cutouts.Scene]) -> Tensor:
         pictures = [cutouts.render(scene) for scene in scenes]
@@ -120,8 +123,8 @@ class DatasetPictures:
                 "Take them out, or lower autoencoder.size."
             )
         chosen = random.Random(f"{seed}/held-out").sample(range(count), count)
-        held = min(HELD_OUT_PICTURES, max(1, count // 10))
-        self._held, self._trained = sorted(chosen[:held]), sorted(chosen[held:])
+        self.held = min(HELD_OUT_PICTURES, max(1, count // 10))
+        self._held, self._trained = sorted(chosen[: self.held]), sorted(chosen[self.held :])
         size_of_batch = min(batch_size, len(self._trained))
         self._order = BucketedOrder([0] * len(self._trained), size_of_batch, seed, leftovers="drop")
 
@@ -132,9 +135,10 @@ class DatasetPictures:
         crops = [self._crop(self.source.picture(self._trained[row]), rng) for row in rows]
         return Pictures(pixels=to_tensor(np.stack(crops)))
 
-    def held_out(self, count: int) -> Tensor:
+    def held_out(self, first: int, count: int) -> Tensor:
         """The middle of the held-out pictures."""
-        pictures = [cut(self.source.picture(index), self.size, self.size) for index in self._held[:count]]
+        chosen = self._held[first : first + count]
+        pictures = [cut(self.source.picture(index), self.size, self.size) for index in chosen]
         return to_tensor(np.stack([np.asarray(picture) for picture in pictures]))
 
     def _crop(self, picture: Image.Image, rng: random.Random) -> NDArray[np.uint8]:

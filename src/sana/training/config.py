@@ -5,10 +5,12 @@ A recipe has the tables `[run]` (one per process: steps, seed, precision), `[opt
 `[discriminator_optimizer]`, and one named after its objective, whose keys are the fields of that objective's settings.
 """
 
+import contextlib
 import dataclasses
 import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -177,18 +179,28 @@ def _override(tables: dict[str, Any], key: str, text: str) -> None:
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe file and lay `overrides` (such as `{"run.steps": "100"}`) over it."""
+    """Read a recipe file and lay `overrides` (such as `{"run.steps": "100"}`) over it.
+
+    Errors: ModelNotFound when there is none; InvalidInput with file and line, or with the override, for what is wrong.
+    """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ModelNotFound(f"There is no recipe at '{path}'. The repository's are in recipes/.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"'{path}' is not valid TOML: {error}.") from error
+    given = dict(overrides or {})
+    for key, value in given.items():
+        _override(tables, key, value)
+    with located(path, text, given):
+        return _recipe(path, tables)
+
+
+def _recipe(path: str | Path, tables: Mapping[str, Any]) -> Recipe:
     objective = tables.get("objective")
     if not isinstance(objective, str):
         raise InvalidInput(f"'{path}' does not say what to train: add objective = \"...\" as its first line.")
-    for key, text in (overrides or {}).items():
-        _override(tables, key, text)
     known = {"objective", "run", "optimizer", "discriminator_optimizer", objective}
     for name in tables:
         if name not in known:
@@ -203,3 +215,39 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
             None if second is None else build(OptimizerSettings, second, "discriminator_optimizer")
         ),
     )
+
+
+@contextlib.contextmanager
+def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> Iterator[None]:
+    """Add to an InvalidInput about a setting, named `table.key` or `[table]` in its sentence, where it was given."""
+    try:
+        yield
+    except InvalidInput as error:
+        words = str(error)
+        for name in sorted(set(_DOTTED.findall(words)) | {f"{t}.{k}" for t, k in _QUOTED.findall(words)}, key=len):
+            place = f"--{name}" if name in overrides else _line_of(path, text, name)
+            if place:
+                raise InvalidInput(f"{place}: {words}") from error
+        for name in _TABLE.findall(words):
+            if place := _line_of(path, text, name):
+                raise InvalidInput(f"{place}: {words}") from error
+        raise
+
+
+def _line_of(path: str | Path, text: str, name: str) -> str | None:
+    """Return `file, line n` of a setting `table.key`, or of the head of a table."""
+    table, _, key = name.rpartition(".") if "." in name else (name, "", "")
+    here = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if head := re.match(r"\s*\[([^\[\]]+)\]", line):
+            here = head[1].strip()
+            if not key and here == table:
+                return f"{path}, line {number}"
+        elif key and here == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return f"{path}, line {number}"
+    return None
+
+
+_DOTTED = re.compile(r"\b([a-z_]\w*(?:\.[a-z_]\w*)+)\b")
+_QUOTED = re.compile(r"\b([a-z_]\w*) has no setting '(\w+)'")
+_TABLE = re.compile(r"\[([\w.]+)\]")

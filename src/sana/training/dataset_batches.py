@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
 from sana.data.captions import CaptionChoice, choose, is_wanted, triggered
@@ -94,9 +94,14 @@ class DatasetBatches:
             self.ready()
 
     def ready(self) -> None:
-        """Compute the features that are missing from their folder, and encode the unconditional text."""
-        if self.features.folder is not None:
-            for path, done, total in self.features.compute():
+        """Compute the features that are missing from their folder, and encode the unconditional text.
+
+        Processes that train together share the work; they do not wait for each other.
+        """
+        alone = not distributed.is_available() or not distributed.is_initialized()
+        own = (1, 1) if alone else (distributed.get_rank() + 1, distributed.get_world_size())
+        for share in dict.fromkeys((own, (1, 1))):  # after its own share a process makes what others still lack
+            for path, done, total in self.features.compute(share) if self.features.folder else ():
                 _log.info("features %d of %d: %s", done, total, path.name)
         self.null = self.features.text("").to(self.device)
 
@@ -227,7 +232,7 @@ class DatasetBatches:
         for sample in self.samples.values():
             texts += [triggered(caption.text, self.settings.trigger) for caption in sample.captions]
         chosen = hashlib.sha256(repr(sorted(self.samples)).encode()).hexdigest()  # others have no features
-        cuts = f"{self.side}/{self.settings.square}/{chosen}/{self.source.identity()}"
+        cuts = f"{self.side}/{self.settings.square}/{chosen}/{self.source.identity(captions=False)}"
         pictures = {LATENTS: Pictures(count=len(self.source), read=self.picture, identity=cuts)}
         if self.control is not None:
             read, told = self._controls(self.control)
@@ -257,7 +262,7 @@ class DatasetBatches:
             height, width = self.buckets[index]
             return cut(paired.picture(numbers[self.samples[index].key]), height, width, upscale=True)
 
-        return read, paired.identity()
+        return read, paired.identity(captions=False)
 
 
 class PriorBatches:

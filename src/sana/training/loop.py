@@ -97,10 +97,15 @@ class Trainer:
         try:
             with self.processes.first_goes_first():
                 self._take_up()
+                self._records = Records(folder, self._tables) if self.processes.is_first else None
         except BaseException:
             self.close()
             raise
-        self._records = Records(folder, self._tables) if self.processes.is_first else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.processes.is_first
 
     def close(self) -> None:
         """Let other processes have the folder; `steps` does it at its end."""

@@ -3,6 +3,8 @@
 Shapes: B batch, H W picture size; pictures are [B, 3, H, W] in -1..1.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,11 +43,16 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -
     return factor.clamp(0, ADAPTIVE_MOST).detach()
 
 
-def psnr(restored: Tensor, pictures: Tensor) -> float:
-    """Return the peak signal to noise ratio in dB, over all pictures at once."""
-    return float(-10 * torch.log10((restored.float().clamp(-1, 1) - pictures).div(2).square().mean()))
+def psnr(square: float) -> float:
+    """Return the peak signal to noise ratio in dB of a mean squared error, of pixels in 0..1."""
+    return -10 * math.log10(max(square, 1e-12))
 
 
-def rms(latents: Tensor) -> float:
-    """Return the root mean square."""
-    return float(latents.double().square().mean().sqrt())
+def squared_error(restored: Tensor, pictures: Tensor) -> float:
+    """Return the mean squared error as pixels in 0..1 have it; what lies outside of their range is cut off."""
+    return mean_square((restored.float().clamp(-1, 1) - pictures) / 2)
+
+
+def mean_square(values: Tensor) -> float:
+    """Return the mean of the squares."""
+    return float(values.double().square().mean())

@@ -32,18 +32,26 @@ class Kind:
     """Settings that name folders."""
 
 
-def start(recipe: Recipe, folder: Path) -> Trainer:
-    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+def settings_of(recipe: Recipe) -> Any:
+    """The objective's own table of a recipe, as its dataclass.
+
+    Errors: InvalidInput for an objective or a setting that there is not.
+    """
     kind = OBJECTIVES.get(recipe.objective)
     if kind is None:
         raise InvalidInput(
             f"There is no objective '{recipe.objective}'.{did_you_mean(recipe.objective, OBJECTIVES)} "
             f"There are: {', '.join(OBJECTIVES)}."
         )
+    return build(kind.settings, recipe.settings, recipe.objective)
+
+
+def start(recipe: Recipe, folder: Path) -> Trainer:
+    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+    settings, kind = settings_of(recipe), OBJECTIVES[recipe.objective]
     device = device_of(recipe.run)
     if device.type == "cpu":
         torch.set_num_threads(recipe.run.threads)
-    settings = build(kind.settings, recipe.settings, recipe.objective)
     # Folders in a recipe are relative to the run's own, so that the stages find each other wherever the runs lie.
     named = {name: getattr(settings, name) for name in kind.folders}
     settings = dataclasses.replace(

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if argv is None:  # a process of its own, which a second one ends at once, without a word
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return _fail(terminal, stop, f"Interrupted. {stop}".strip(), INTERRUPTED)
+        return _fail(terminal, stop, f"Interrupted. {stop}".strip(), getattr(stop, "exit_code", INTERRUPTED))
     except SanaError as error:
         return _fail(terminal, error, str(error), error.exit_code)
     except OSError as error:
@@ -165,7 +165,7 @@ prints one JSON document, with --events what happens as JSON, line by line.
 
 exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found
             or broken, 4 out of memory, 6 only some of the pictures were made,
-            130 interrupted"""
+            75 training ended early, saved: run it again, 130 interrupted"""
 
 VERBS = {
     "generate": Verb("sana.apps.cli.verbs.generate", "draw pictures; what happens when no verb is given"),
@@ -177,11 +177,10 @@ VERBS = {
     "models": Verb("sana.apps.cli.verbs.models", "list the models; fetch, check, remove, grow or prune one"),
     "convert": Verb("sana.apps.cli.verbs.convert", "turn a checkpoint into another form"),
     "lora": Verb("sana.apps.cli.verbs.lora", "tell about an adapter, convert it, or merge it into a model"),
-    "dataset": Verb("sana.apps.cli.verbs.dataset", "check a data set, pack it into tars, look at it"),
+    "dataset": Verb("sana.apps.cli.verbs.dataset", "check, pack, caption, score and encode a data set, look at it"),
     "config": Verb("sana.apps.cli.verbs.config", "show every setting and where it comes from"),
     "doctor": Verb("sana.apps.cli.verbs.doctor", "check this computer, and say how to mend what is amiss"),
     "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),
     "train": Verb("sana.apps.cli.verbs.train", "train from recipes; goes on where it was stopped"),
-    "dataset": Verb("sana.apps.cli.verbs.dataset", "caption pictures, score captions, encode both before a training"),
     "evaluate": Verb("sana.apps.cli.verbs.evaluate", "measure a model and print the table"),
 }

@@ -1,43 +1,33 @@
 """`sana train --demo`: the recipe in the package, on the pictures beside it."""
 
-import dataclasses
 import importlib.resources
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sana.errors import ModelNotFound
 
-if TYPE_CHECKING:
-    from sana.training.config import Recipe
-
 NAME = "palms"
-PROMPT = "a red palm tree left of a blue house"
+ADAPTER = "pytorch_lora_weights.safetensors"
+PROMPT = "an orange palm tree left of a red house"
 
 
-def demo_recipe(overrides: Mapping[str, str]) -> "Recipe":
-    """Return the recipe, with the path of its pictures as this installation has it.
+def demo() -> tuple[str, dict[str, str]]:
+    """Return the path of the recipe, and the override that tells it where its pictures are in this installation.
 
     Raises:
         ModelNotFound: the pictures are not part of this installation.
-        InvalidInput: an override is wrong.
     """
-    from sana.training.config import load_recipe
-
     folder = Path(str(importlib.resources.files("sana"))) / "assets" / "demo"
     if not (folder / NAME).is_dir():
         raise ModelNotFound("The pictures of the demo are not part of this installation: install it again.")
-    recipe = load_recipe(folder / f"{NAME}.toml", overrides)
-    data = {**recipe.settings["data"], "path": str(folder / NAME)}
-    return dataclasses.replace(recipe, settings={**recipe.settings, "data": data})
+    return str(folder / f"{NAME}.toml"), {"flow_matching.data.path": str(folder / NAME)}
 
 
-def next_steps(adapter: Path) -> list[str]:
+def next_steps(export: Path) -> list[str]:
     """What to type next: the same prompt without and with what was learnt."""
-    plain = f'sana "{PROMPT}" --seed 1 -o before.png'
+    order = f'  sana "{PROMPT}" --seed 2'
     return [
         "Now look at what it learnt:",
-        f"  {plain}",
-        f'  sana "{PROMPT}" --seed 1 --lora {shlex.quote(str(adapter))} -o after.png',
+        f"{order} -o before.png",
+        f"{order} --lora {shlex.quote(str(export / ADAPTER))} -o after.png",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sana.apps.cli.choosing import Judges, told
-from sana.apps.cli.existing import is_as_asked
+from sana.apps.cli.existing import is_as_asked, is_ruin
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.machine import out_of_memory_told
 from sana.apps.cli.manifest import Manifest, digest
@@ -97,6 +97,8 @@ class Drawing:
         """Files of finished latents whose pictures are not written yet."""
         self.count = len(order.seeds)
         self.judges = Judges()
+        self._ruins: set[Path] = set()
+        """Files that are what is left of pictures, and are to be replaced."""
         self._entries: dict[int, dict[str, Any]] = {}
         self._progress: Progress
         self._drawn = self._steps_done = self._steps = 0
@@ -195,6 +197,11 @@ class Drawing:
             return list(job.seeds)
         here = {seed: file for seed, file in zip(job.seeds, job.files, strict=True) if file.exists()}
         for seed, file in list(here.items()):
+            if self.manifest is not None and is_ruin(file):
+                self.terminal.warn(f"{file} is no whole picture; it is drawn anew.")
+                self._ruins.add(file)
+                del here[seed]
+                continue
             try:
                 if not is_as_asked(file, request.resolve(self.parts.effective_card)):
                     self.terminal.warn(f"{file} was drawn with other settings; it is left as it is.")
@@ -319,6 +326,8 @@ class Drawing:
             if self.order.to_stdout:
                 print_png(result, i, writing.metadata)
             else:
+                if target in self._ruins and is_ruin(target):  # another process may have drawn it meanwhile
+                    target.unlink()
                 save_png(result, i, target, metadata=writing.metadata, force=writing.force)
 
         def tell() -> None:

@@ -124,15 +124,6 @@ def distinct(files: Sequence[Path]) -> list[Path]:
     return list(taken)
 
 
-def is_whole_png(file: Path) -> bool:
-    """Tell whether a file begins and ends as a PNG does; one that was cut short does not."""
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        start = data.read(8)
-        data.seek(max(size - 8, 0))
-        return start == b"\x89PNG\r\n\x1a\n" and data.read() == b"IEND\xaeB`\x82"
-
-
 def check_files(files: Sequence[Path], *, force: bool, make: bool = True) -> None:
     """Make the folder of the files, and refuse names that are taken.
 

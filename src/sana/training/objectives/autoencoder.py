@@ -15,6 +15,7 @@ own labels in place of a vision model's features).
 """
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,6 @@ from sana.models.dc_ae import DCAutoencoder
 from sana.models.patch_discriminator import PatchDiscriminator
 from sana.training.autoencoder_pictures import (
     CELL,
-    HELD_OUT_PICTURES,
     DatasetPictures,
     DrawnPictures,
     Pictures,
@@ -43,11 +43,12 @@ from sana.training.autoencoder_pictures import (
 from sana.training.config import RunSettings
 from sana.training.objectives.autoencoder_settings import AutoencoderSettings
 from sana.training.objectives.base import MAIN
-from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, psnr, rms
+from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, mean_square, psnr, squared_error
 
 __all__ = ["AutoencoderObjective", "AutoencoderSettings", "cell_labels", "load_autoencoder", "to_tensor"]
 
 PLAYERS = ("generator", "discriminator")
+PREVIEWED = 8
 SCALED_PICTURES = 256
 """Training pictures over which the scale of the latents is measured."""
 TRAINED = {
@@ -202,33 +203,35 @@ class AutoencoderObjective:
         last = self.module.autoencoder.decoder.conv_out
         return last.weight if isinstance(last, nn.Conv2d) else last.conv.weight
 
-    def _held_out(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = self.pictures.held_out(count).to(self.device)
-        latents = self.module.autoencoder.encode(pictures)[0]
-        return pictures, latents, self.module.autoencoder.decode(latents)[0].float()
-
     def evaluate(self) -> Mapping[str, float]:
         """PSNR in dB over the held-out pictures, clean, at a latent error of 0.2 and from the first channels alone;
         the latent's root mean square, and what becomes of it when the same pictures have twice the size.
         """
-        pictures, latents, restored = self._held_out(HELD_OUT_PICTURES)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        autoencoder = self.module.autoencoder
-        figures = {
-            "psnr": psnr(restored, pictures),
-            "psnr_shaken": psnr(autoencoder.decode(latents + 0.2 * noise)[0], pictures),
-            "latent_rms": float(latents.float().square().mean().sqrt()),
-        }
-        for count in self.settings.channels:
-            figures[f"psnr_{count}"] = psnr(autoencoder.decode(latents * self._first(count))[0], pictures)
-        if self.settings.phase == "latent":
-            twice = F.interpolate(pictures[:8], scale_factor=2, mode="bicubic")
-            figures["rms_twice"] = rms(autoencoder.encode(twice)[0]) / rms(latents[:8])
+        autoencoder, generator = self.module.autoencoder, torch.Generator().manual_seed(0)
+        squares: dict[str, float] = {}
+        for first in range(0, self.pictures.held, self.run.batch_size):
+            pictures = self.pictures.held_out(first, self.run.batch_size).to(self.device)
+            latents = autoencoder.encode(pictures)[0]
+            noise = torch.randn(latents.shape, generator=generator).to(self.device)
+            seen = {"psnr": latents, "psnr_shaken": latents + 0.2 * noise}
+            seen |= {f"psnr_{count}": latents * self._first(count) for count in self.settings.channels}
+            found = {name: squared_error(autoencoder.decode(one)[0], pictures) for name, one in seen.items()}
+            found["latent_rms"] = mean_square(latents)
+            if self.settings.phase == "latent":
+                twice = F.interpolate(pictures, scale_factor=2, mode="bicubic")
+                found["rms_twice"] = mean_square(autoencoder.encode(twice)[0])
+            for name, value in found.items():
+                squares[name] = squares.get(name, 0.0) + value * len(pictures) / self.pictures.held
+        figures = {name: psnr(value) if name.startswith("psnr") else value**0.5 for name, value in squares.items()}
+        if "rms_twice" in figures:
+            figures["rms_twice"] /= figures["latent_rms"]
         return figures
 
     def preview(self) -> Image.Image:
         """Eight held-out pictures above their reconstructions."""
-        pictures, _, restored = self._held_out(8)
+        pictures = self.pictures.held_out(0, PREVIEWED).to(self.device)
+        parts = torch.split(pictures, self.run.batch_size)
+        restored = torch.cat([self.module.autoencoder(part, return_dict=False)[0].float() for part in parts])
         rows = torch.stack([pictures, restored]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         return Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy())
 
@@ -246,9 +249,8 @@ class AutoencoderObjective:
         finished.to(torch.float16).save_pretrained(folder)
 
     def _scale(self) -> float:
-        rng, rounds = random.Random(f"{self.run.seed}/scale"), SCALED_PICTURES // 16
-        squares = torch.zeros((), dtype=torch.float64)
-        for draw in range(rounds):
-            pictures = self.pictures.batch(rng, draw, 16).pixels.to(self.device)
-            squares += self.module.autoencoder.encode(pictures)[0].double().square().mean().cpu() / rounds
-        return round(float(squares.rsqrt()), 5)
+        rng, square = random.Random(f"{self.run.seed}/scale"), 0.0
+        for number in range(SCALED_PICTURES):
+            picture = self.pictures.batch(rng, number, 1).pixels.to(self.device)
+            square += mean_square(self.module.autoencoder.encode(picture)[0]) / SCALED_PICTURES
+        return round(1 / math.sqrt(square), 5)

@@ -225,7 +225,6 @@ WORDS = {
     "lora": Words(files="*"),
     "dataset": Words(choices=_dataset_tasks),
     "train": Words(files=".toml"),
-    "dataset": Words(choices=_dataset_tasks),
     "evaluate": Words(choices=_metrics),
     "completion": Words(choices=lambda: tuple(SCRIPTS)),
 }

@@ -20,8 +20,11 @@ class Task(NamedTuple):
 TASKS = {
     "check": Task("sana.apps.cli.verbs.dataset_check", "find what is broken, tiny, double, empty or too long"),
     "pack": Task("sana.apps.cli.verbs.dataset_pack", "write a folder as tars that training reads fast"),
+    "caption": Task("sana.apps.cli.verbs.dataset_captioning", "write captions with a vision-language model"),
+    "score": Task("sana.apps.cli.verbs.dataset_scoring", "write how well captions describe their pictures (CLIP)"),
     "caption-stats": Task("sana.apps.cli.verbs.dataset_captions", "lengths, words, doubles and scores of the captions"),
     "preview": Task("sana.apps.cli.verbs.dataset_preview", "draw pictures as they are cut, with their captions"),
+    "features": Task("sana.apps.cli.verbs.dataset_features", "encode what a recipe trains on, before it does"),
 }
 USAGE = "sana dataset TASK DATA [options]"
 DESCRIPTION = """\

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
+from sana.apps.cli.demo import demo, next_steps
 from sana.apps.cli.output import Terminal
 from sana.errors import InvalidInput
 
@@ -30,11 +31,20 @@ whose path is printed.
 
   sana train recipes/nano/*.toml             train the built-in model
   sana train my.toml --run.steps 100         change a setting of the recipe
+  sana train --demo                          teach it palm trees, in two minutes
 
-A run that was stopped goes on where it was; a finished one is not trained again."""
+A run that was stopped goes on where it was; a finished one is not trained again.
+Ctrl-C saves and ends with exit code 130, SIGTERM and SIGUSR1 save and end with 75.
+Several processes: accelerate launch -m sana.apps.cli train RECIPE.toml, or torchrun."""
 
 FINISHED = "finished.json"
 """File in a run's folder that says that it was trained to the end and exported, and from which recipe."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The system asked to stop; the run is saved and should be started again."""
+
+    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,8 @@ class Options:
 
     output: Annotated[str | None, Spelling(short="-o", value="FOLDER")] = None
     """Folder for the runs, instead of runs/FOLDER."""
+    demo: bool = False
+    """Teach the built-in model palm trees, from twelve pictures that come with it; about two minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +79,15 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     """Train every recipe that is not finished, and print where the exports are."""
     rest, overrides = split_overrides(words)
     recipes, given = arguments.read(rest, GROUPS, usage=USAGE, description=DESCRIPTION)
-    if not recipes:
-        raise InvalidInput("Which recipe? For example: sana train recipes/nano/*.toml")
-    stages = plan(recipes, overrides, Options(**arguments.take(Options, given)).output)
+    options = Options(**arguments.take(Options, given))
+    if options.demo and recipes:
+        raise InvalidInput("`--demo` brings its own recipe; leave it out, or the other one.")
+    if not recipes and not options.demo:
+        raise InvalidInput("Which recipe? For example: sana train recipes/nano/*.toml, or sana train --demo")
+    if options.demo:
+        recipe, own = demo()
+        recipes, overrides = [recipe], {**own, **overrides}
+    stages = plan(recipes, overrides, options.output)
     done: list[dict[str, Any]] = []
     for stage in stages:
         began = time.perf_counter()
@@ -81,6 +99,9 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         done.append({"name": stage.name, "folder": str(stage.folder), "export": str(stage.export), "seconds": seconds})
         terminal.draft = {"stages": list(done), "warnings": terminal.warnings}
         terminal.result(str(stage.export))
+    if options.demo:
+        for line in next_steps(stages[0].export):
+            terminal.say(line)
     terminal.document(terminal.draft)
     return 0
 
@@ -113,7 +134,8 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         InvalidInput: a recipe or an override is wrong, or two recipes would share a folder.
         ModelNotFound: there is no such recipe.
     """
-    from sana.training.config import load_recipe
+    from sana.training.config import load_recipe, located
+    from sana.training.start import settings_of
 
     stages: list[Stage] = []
     tables = {path: _tables(path) for path in recipes}
@@ -121,7 +143,10 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         own = {key: text for key, text in overrides.items() if _concerns(key, path, tables)}
         file = Path(path)
         root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
-        stages.append(Stage(name=file.stem, recipe=load_recipe(path, own), folder=root / file.stem))
+        recipe = load_recipe(path, own)
+        with located(path, file.read_text(encoding="utf-8"), own):
+            settings_of(recipe)
+        stages.append(Stage(name=file.stem, recipe=recipe, folder=root / file.stem))
     folders = [stage.folder for stage in stages]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -174,33 +199,38 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> None:
     trainer = start(stage.recipe, stage.folder)
     if trainer.step:
         terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
-    stopped = _loop(stage, trainer, terminal)
+    asked = _loop(stage, trainer, terminal)
     if trainer.step < stage.recipe.run.steps:
         where = f"{stage.name} is saved at step {trainer.step} of {stage.recipe.run.steps}"
-        raise KeyboardInterrupt(f"{where}. To go on: {command}")
+        raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)
-    temporary = stage.folder / f".{FINISHED}"
-    temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
-    temporary.replace(stage.folder / FINISHED)
-    if stopped:
-        raise KeyboardInterrupt(f"{stage.name} is finished. To go on: {command}")
+    if trainer.is_first:
+        temporary = stage.folder / f".{FINISHED}"
+        temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
+        temporary.replace(stage.folder / FINISHED)
+    if asked:
+        raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
 
 
-def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> bool:
-    """Train until the end or until a stop is asked for, and tell whether it was."""
-    total, run = stage.recipe.run.steps, stage.recipe.run
-    unit, rows = UNITS.get(stage.recipe.objective, "images"), run.batch_size * run.accumulate
-    with stop_requests() as stopped, terminal.count(total, trainer.step, stage.name) as progress:
-        steps = cast("Generator[TrainStep, None, None]", trainer.steps())
+def _stop(asked: int | None) -> type[KeyboardInterrupt]:
+    """Return the error for a signal; what another process was told is what the system told all."""
+    return KeyboardInterrupt if asked == signal.SIGINT else Preempted
+
+
+def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> int | None:
+    """Train until the end or until a stop is asked for, and return the signal that asked this process."""
+    total, is_first = stage.recipe.run.steps, trainer.is_first
+    unit = UNITS.get(stage.recipe.objective, "images")
+    with stop_requests() as asked, terminal.count(total, trainer.step, stage.name) as progress:
+        steps = cast("Generator[TrainStep, None, None]", trainer.steps(lambda: asked() is not None))
         with contextlib.closing(steps):  # closing it early saves the run
             for report in steps:
-                rate = f"{rows / max(report.seconds, 1e-9):.3g} {unit}/s"
-                progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
-                if report.figures:
+                rate = f"{report.samples / max(report.seconds, 1e-9):.3g} {unit}/s"
+                if is_first:
+                    progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
+                if is_first and report.figures:
                     terminal.say(_figures(stage, report))
-                if stopped():
-                    break
-        return stopped()
+        return asked()
 
 
 def _figures(stage: Stage, report: "TrainStep") -> str:
@@ -209,20 +239,24 @@ def _figures(stage: Stage, report: "TrainStep") -> str:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second one does not wait."""
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Let signals wait for the end of a step, so that what is saved is whole, and tell which came first.
+
+    Ctrl-C a second time does not wait.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt("Stopped in the middle of a step.")
         asked.append(number)
 
     main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    user = [number for number in (getattr(signal, "SIGUSR1", None),) if number is not None]
+    numbers = (signal.SIGINT, signal.SIGTERM, *user) if main_thread else ()
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0] if asked else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

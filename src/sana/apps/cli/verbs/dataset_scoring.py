@@ -8,7 +8,8 @@ from typing import Annotated
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.output import Terminal
-from sana.apps.cli.verbs.dataset.labels import Work, carry_out, the_data
+from sana.apps.cli.verbs.dataset import one_path
+from sana.apps.cli.verbs.dataset_labels import Work, carry_out
 
 USAGE = "sana dataset score DATA [options]"
 DESCRIPTION = """\
@@ -37,7 +38,7 @@ GROUPS = (Group(title="the scores", options=Scoring), Group(title="the work", op
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Write scores, and print how many."""
     names, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION)
-    data = the_data(names, "score")
+    data = one_path(names, "score")
     scoring, work = Scoring(**arguments.take(Scoring, given)), Work(**arguments.take(Work, given))
 
     from sana.engine.placement import pick_device

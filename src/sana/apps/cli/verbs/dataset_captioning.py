@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.output import Terminal
-from sana.apps.cli.verbs.dataset.labels import Work, carry_out, the_data
+from sana.apps.cli.verbs.dataset import one_path
+from sana.apps.cli.verbs.dataset_labels import Work, carry_out
 from sana.errors import InvalidInput
 
 USAGE = "sana dataset caption DATA -m MODEL [options]"
@@ -53,7 +54,7 @@ GROUPS = (Group(title="the captions", options=Asking), Group(title="the work", o
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Write captions, and print how many."""
     names, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION)
-    data = the_data(names, "caption")
+    data = one_path(names, "caption")
     asking, work = Asking(**arguments.take(Asking, given)), Work(**arguments.take(Work, given))
     model = asking.model
     if model is None:

@@ -40,17 +40,6 @@ class Work:
             raise InvalidInput(f"--batch-size must be at least 1 but is {self.batch_size}.")
 
 
-def the_data(names: Sequence[str], task: str) -> str:
-    """Return the one data set that was named.
-
-    Raises:
-        InvalidInput: none, or several.
-    """
-    if len(names) != 1:
-        raise InvalidInput(f"Name one folder of pictures, tar, or folder of tars: sana dataset {task} pictures/")
-    return names[0]
-
-
 def carry_out(
     labels: "Labels",
     plan: "Plan",
