@@ -3,8 +3,9 @@ processes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import draw_curve, read_series
 from sana.training.loop import Trainer
+from sana.training.objectives.base import MAIN, trainable
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
 
@@ -23,13 +25,18 @@ class Regression:
     """Learns a fixed linear map from noise that depends on the draw alone."""
 
     name = "regression"
+    turns: tuple[str, ...] = MAIN
+    better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, poisoned: frozenset[int] = frozenset()) -> None:
         torch.manual_seed(0)
         self.module: nn.Module = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32))
         self.poisoned = poisoned
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         x = torch.randn(8, 32, generator=torch.Generator().manual_seed(draw))
         loss = (self.module(x) - x.flip(1)).square().mean()
         if draw in self.poisoned:
@@ -92,6 +99,70 @@ def test_a_run_that_was_killed_goes_on_from_its_last_state(tmp_path: Path) -> No
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in whole.items())
 
 
+class Game(Regression):
+    """A map and a critic that take turns; the critic has frozen weights of its own kind beside it."""
+
+    name = "game"
+    turns = ("generator", "discriminator")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.ModuleDict({"map": nn.Linear(32, 32), "critic": nn.Linear(32, 1), "frozen": nn.Linear(4, 4)})
+        self.module["frozen"].requires_grad_(False)
+        self.seen: list[tuple[int, str, tuple[str, ...]]] = []
+
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        part = {"generator": "map.", "discriminator": "critic."}[turn]
+        return [(name, p) for name, p in self.module.named_parameters() if name.startswith(part)]
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
+        self.seen.append((draw, turn, tuple(name for name, _ in trainable(self.module))))
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(draw))
+        score = self.module["critic"](self.module["map"](x)).mean()
+        return (score.square() if turn == "generator" else (score - 1).square()), {}
+
+    def evaluate(self) -> Mapping[str, float]:
+        return {"held_out": 0.0}
+
+
+def game(folder: Path, stop: int | None = None) -> Trainer:
+    first, second = OptimizerSettings(lr=1e-2, warmup=0), OptimizerSettings(name="muon", lr=1e-3, clip=0.5, warmup=0)
+    trainer = Trainer(Game(), settings(), first, folder, second)
+    for step in trainer.steps():
+        if step.step == stop:
+            break
+    return trainer
+
+
+def test_players_take_turns_with_their_own_parameters_and_optimisers(tmp_path: Path) -> None:
+    trainer = Trainer(Game(), settings(), OptimizerSettings(lr=1e-2, warmup=0), tmp_path)
+    assert set(trainer.average.values) == {"map.weight", "map.bias"}
+    steps = trainer.steps()
+    for turn, still in (("map.", "critic."), ("critic.", "map."), ("map.", "critic.")):
+        before = {name: p.detach().clone() for name, p in trainer.objective.module.named_parameters()}
+        next(steps)
+        moved = {n for n, p in trainer.objective.module.named_parameters() if not torch.equal(p, before[n])}
+        assert moved
+        assert all(name.startswith(turn) for name in moved), (moved, still)
+    seen = trainer.objective.seen  # type: ignore[attr-defined]
+    assert [(draw, turn) for draw, turn, _ in seen] == [(0, "generator"), (1, "discriminator"), (2, "generator")]
+    assert seen[0][2] == ("map.weight", "map.bias")
+    assert seen[1][2] == ("critic.weight", "critic.bias")
+
+
+def test_a_run_of_two_players_resumes_bit_identically(tmp_path: Path) -> None:
+    whole = weights(game(tmp_path / "whole"))
+    for stop in (3, 6):
+        game(tmp_path / "parts", stop)
+    parts = weights(game(tmp_path / "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_settings_for_a_second_player_need_one(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"\[discriminator_optimizer\] has no effect on 'regression'"):
+        Trainer(Regression(), settings(), OptimizerSettings(), tmp_path, OptimizerSettings())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_learns(tmp_path: Path, optimizer: str) -> None:
     before = Regression().evaluate()["held_out"]
@@ -146,7 +217,7 @@ def test_states_are_whole_or_absent_and_old_ones_go(tmp_path: Path) -> None:
 
 def test_the_average_warms_up_and_swaps_back() -> None:
     module = nn.Linear(1, 1, bias=False)
-    average = Average(module, 0.999)
+    average = Average(dict(module.named_parameters()), 0.999)
     start = module.weight.item()
     with torch.no_grad():
         module.weight.fill_(start + 1)

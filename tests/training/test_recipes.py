@@ -32,6 +32,15 @@ def test_overrides_win_over_the_file_and_keep_their_type(tmp_path: Path) -> None
     assert (settings.latent_noise, settings.thing_weight) == (0.3, 1.0)
 
 
+def test_a_second_player_has_settings_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    text = 'objective = "autoencoder"\n[run]\nsteps = 5\nbatch_size = 2\n'
+    file.write_text(text)
+    assert load_recipe(file).discriminator_optimizer is None
+    file.write_text(f"{text}[discriminator_optimizer]\nlr = 0.5\n")
+    assert load_recipe(file).discriminator_optimizer == OptimizerSettings(lr=0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from sana.training import state as module
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import append_line, draw_curve, read_series
 from sana.training.loop import Trainer
+from sana.training.objectives.base import MAIN, trainable
 from sana.training.state import State, load_state, save_state
 
 
@@ -215,11 +216,16 @@ class Line:
     """The smallest objective."""
 
     name = "line"
+    turns: tuple[str, ...] = MAIN
+    better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, width: int = 3) -> None:
         self.module: torch.nn.Module = torch.nn.Linear(width, 1)
 
-    def loss(self, draw: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def parameters_of(self, turn: str) -> list[tuple[str, torch.nn.Parameter]]:
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.module(torch.ones(1, self.module.in_features)).square().mean(), {}
 
     def evaluate(self) -> dict[str, float]:

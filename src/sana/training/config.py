@@ -1,8 +1,8 @@
 """Recipes: a TOML file says what is trained, on what, for how long; every key can be overridden on the command
 line.
 
-A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]` and one named after its
-objective, whose keys are the fields of that objective's own settings.
+A recipe has the tables `[run]` (one per process: steps, seed, precision), `[optimizer]`, where two players take turns
+`[discriminator_optimizer]`, and one named after its objective, whose keys are the fields of that objective's settings.
 """
 
 import dataclasses
@@ -82,6 +82,8 @@ class Recipe:
     run: RunSettings
     optimizer: OptimizerSettings
     settings: Mapping[str, Any] = field(default_factory=dict)
+    discriminator_optimizer: OptimizerSettings | None = None
+    """For the second player of an objective that has two; without it both have the settings of `optimizer`."""
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -137,13 +139,17 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         raise InvalidInput(f"'{path}' does not say what to train: add objective = \"...\" as its first line.")
     for key, text in (overrides or {}).items():
         _override(tables, key, text)
-    known = {"objective", "run", "optimizer", objective}
+    known = {"objective", "run", "optimizer", "discriminator_optimizer", objective}
     for name in tables:
         if name not in known:
             raise InvalidInput(f"'{path}' has an unknown table [{name}].{did_you_mean(name, known)}")
+    second = tables.get("discriminator_optimizer")
     return Recipe(
         objective=objective,
         run=build(RunSettings, tables.get("run", {}), "run"),
         optimizer=build(OptimizerSettings, tables.get("optimizer", {}), "optimizer"),
         settings=tables.get(objective, {}),
+        discriminator_optimizer=(
+            None if second is None else build(OptimizerSettings, second, "discriminator_optimizer")
+        ),
     )

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,27 @@ class Trainer:
     end, the export.
     """
 
-    def __init__(self, objective: Objective, run: RunSettings, optimizer: OptimizerSettings, folder: Path) -> None:
-        """Build optimiser and average, and take up the newest state in `folder` if there is one."""
-        self.objective, self.run, self.settings, self.folder = objective, run, optimizer, folder
+    def __init__(
+        self,
+        objective: Objective,
+        run: RunSettings,
+        optimizer: OptimizerSettings,
+        folder: Path,
+        discriminator_optimizer: OptimizerSettings | None = None,
+    ) -> None:
+        """Build optimisers and average, and take up the newest state in `folder` if there is one.
+
+        `discriminator_optimizer` is for every turn but the first; without it all have the same settings.
+        """
+        if discriminator_optimizer is not None and len(objective.turns) == 1:
+            raise InvalidInput(f"[discriminator_optimizer] has no effect on '{objective.name}', which has one player.")
+        self.objective, self.run, self.folder = objective, run, folder
         self.device = next(objective.module.parameters()).device
-        self.optimizers = Optimizers(objective.module.named_parameters(), optimizer)
-        self.average = Average(objective.module, run.ema)
+        first, *others = objective.turns
+        self.settings = {first: optimizer, **dict.fromkeys(others, discriminator_optimizer or optimizer)}
+        self.owned = {turn: dict(objective.parameters_of(turn)) for turn in objective.turns}
+        self.optimizers = {turn: Optimizers(self.owned[turn].items(), self.settings[turn]) for turn in objective.turns}
+        self.average = Average(self.owned[first], run.ema)
         self.step = 0
         self.refused = 0
         grouped = distributed.is_available() and distributed.is_initialized()
@@ -71,7 +86,7 @@ class Trainer:
             "refused": self.refused,
             "seed": self.run.seed,
             "batch_size": self.run.batch_size,
-            "optimizer": asdict(self.settings)["name"],
+            "optimizer": self.settings[self.objective.turns[0]].name,
         }
 
     def _take_up(self) -> None:
@@ -86,13 +101,29 @@ class Trainer:
                 )
         try:
             self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
-            self.optimizers.load(dict(state.parts["optimizer"]))
+            for turn, optimizers in self.optimizers.items():
+                optimizers.load(dict(state.parts[self._part(turn)]))
             self.average.values = {name: state.parts["ema"][name].clone() for name in self.average.values}
         except (KeyError, RuntimeError) as error:
             text = f"The run in '{self.folder}' trained another model than this recipe describes"
             raise InvalidInput(f"{text}; use another folder, or the same settings.") from error
         self.step, self.refused = state.step, int(state.facts.get("refused", 0))
         logger.info("resumed '%s' at step %d", self.folder, self.step)
+
+    def _part(self, turn: str) -> str:
+        """The name of an optimiser's part of a state."""
+        return "optimizer" if turn == self.objective.turns[0] else f"optimizer-{turn}"
+
+    def _take_turn(self) -> str:
+        """Let only the parameters of the present step's turn have gradients, and return its name."""
+        turns = self.objective.turns
+        turn = turns[self.step % len(turns)]
+        if len(turns) > 1:
+            for p in self.objective.module.parameters():
+                p.requires_grad_(False)
+            for p in self.owned[turn].values():
+                p.requires_grad_(True)
+        return turn
 
     def save(self) -> None:
         """Write a state now."""
@@ -101,27 +132,30 @@ class Trainer:
         parts = {
             "module": self.objective.module.state_dict(),
             "ema": self.average.values,
-            "optimizer": self.optimizers.tensors(),
+            **{self._part(turn): optimizers.tensors() for turn, optimizers in self.optimizers.items()},
         }
         save_state(self.folder / "states", State(step=self.step, parts=parts, facts=self._facts()))
 
     def _update(self) -> tuple[float, dict[str, float]]:
         """One optimisation step over `accumulate` micro-batches; a non-finite one is refused and counted."""
         self.objective.module.train()
+        turn = self._take_turn()
         total, parts = 0.0, {}
         for part in range(self.run.accumulate):
             with autocast(self.run, self.device):
-                loss, logged = self.objective.loss((self.step * self.run.accumulate + part) * self.world + self.rank)
+                draw = (self.step * self.run.accumulate + part) * self.world + self.rank
+                loss, logged = self.objective.loss(draw, turn)
             (loss / self.run.accumulate).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) / self.run.accumulate
             parts = {name: float(value) for name, value in logged.items()}
-        trainable = [p for p in self.objective.module.parameters() if p.grad is not None]
+        trainable = [p for p in self.owned[turn].values() if p.grad is not None]
         total = self._average(total, trainable)
-        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self.settings.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self.settings[turn].clip))
         parts["gradient_norm"] = norm
         if math.isfinite(total) and math.isfinite(norm):
-            self.optimizers.step(rate(self.step, self.run.steps, self.settings))
-            self.average.update(self.step)
+            self.optimizers[turn].step(rate(self.step, self.run.steps, self.settings[turn]))
+            if turn == self.objective.turns[0]:
+                self.average.update(self.step // len(self.objective.turns))
         else:
             self.refused += 1
             for p in trainable:

@@ -59,7 +59,7 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
         settings, **{name: os.path.normpath(folder / value) for name, value in named.items() if value}
     )
     objective = kind.objective(settings, recipe.run, device)
-    return Trainer(objective, recipe.run, recipe.optimizer, folder)
+    return Trainer(objective, recipe.run, recipe.optimizer, folder, recipe.discriminator_optimizer)
 
 
 OBJECTIVES: dict[str, Kind] = {

@@ -90,7 +90,7 @@ def _whole(folder: Path) -> list[Path]:
 def _read(place: Path) -> State:
     facts = read_json(place / _FACTS)
     version, step = facts.pop("version", VERSION), facts.pop("step", None)
-    files = sorted(place.glob("*.safetensors"))
+    files = sorted(place.glob("*.safetensors"), key=lambda file: file.stem)
     wanted = facts.pop("parts", [file.stem for file in files])
     if version != VERSION:
         raise CheckpointError(f"{place} was written by another release (version {version}): update sanakit.")
@@ -102,27 +102,26 @@ def _read(place: Path) -> State:
 
 
 class Average:
-    """Exponential moving average of a module's trainable tensors, with the warm-up min(decay, (1 + k) / (10 + k))."""
+    """Exponential moving average of parameters, with the warm-up min(decay, (1 + k) / (10 + k))."""
 
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        """Start from the module's present values, in float32."""
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
+        """Start from the present values, in float32."""
         self.decay = decay
-        self.values = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
-        self._module = module
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()}
+        self._live = dict(parameters)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the weights as they are after step `step`."""
+        """Move the average towards the weights as they are after step `step` of those that change them."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = dict(self._module.named_parameters())
         names = list(self.values)
-        torch._foreach_lerp_([self.values[n] for n in names], [live[n].detach().float() for n in names], 1 - decay)
+        live = [self._live[name].detach().float() for name in names]
+        torch._foreach_lerp_([self.values[name] for name in names], live, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the average with the live weights; calling it twice restores both exactly."""
-        live = dict(self._module.named_parameters())
         for name, value in self.values.items():
-            kept = live[name].detach().clone()
-            live[name].copy_(value)
+            kept = self._live[name].detach().clone()
+            self._live[name].copy_(value)
             value.copy_(kept)

@@ -12,10 +12,10 @@ own labels in place of a vision model's features).
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
 from sana.models.dc_ae import DCAutoencoder
 from sana.training.config import RunSettings
+from sana.training.objectives.base import MAIN, trainable
 
 CELL = 32
 HELD_OUT_PICTURES = 64
@@ -90,6 +91,8 @@ class AutoencoderObjective:
     """Reconstruction of drawn scenes."""
 
     name = "autoencoder"
+    turns = MAIN
+    better: Literal["lower", "higher"] = "higher"
 
     def __init__(self, settings: AutoencoderSettings, run: RunSettings, device: torch.device) -> None:
         """Build or load the autoencoder."""
@@ -118,7 +121,11 @@ class AutoencoderObjective:
         noisy = latents if noise is None else latents + noise
         return self.module.autoencoder.decode(noisy)[0], latents
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """All that is not frozen."""
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw`; scenes and noise depend on (seed, draw) only."""
         rng = random.Random(f"{self.run.seed}/{draw}")
         scenes = [cutouts.sample_scene(rng) for _ in range(self.run.batch_size)]

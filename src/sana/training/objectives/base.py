@@ -1,22 +1,39 @@
 """What the trainer asks of an objective. An objective owns its models, its data and its losses, and no loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
+MAIN = ("main",)
+"""The turns of an objective with one player."""
+
 
 class Objective(Protocol):
-    """One thing to train. Every method is a pure function of its arguments and the weights: no hidden random state."""
+    """One thing to train. Every method is a pure function of its arguments and the weights: no hidden random state.
+
+    The trainer seeds torch's own generator from (seed, draw) before each loss, so that a model's dropout is one too.
+    """
 
     name: str
     module: nn.Module
-    """What is optimised, averaged and saved; parameters without `requires_grad` stay as they are."""
+    """All that is optimised, averaged and saved, and what stays as it is beside it."""
+    turns: tuple[str, ...]
+    """`MAIN`, or the names of the players that alternate: step k is turn k % len(turns)."""
+    better: Literal["lower", "higher"]
+    """Which way the watched figure should go."""
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Loss of micro-batch number `draw`, and detached scalars for the log."""
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """What a turn optimises, under the names of `module.named_parameters()`; those of the first turn are averaged.
+
+        Asked once, before the trainer switches `requires_grad` from turn to turn.
+        """
+        ...
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of micro-batch number `draw` in a turn, and detached scalars for the log."""
         ...
 
     def evaluate(self) -> Mapping[str, float]:
@@ -30,3 +47,8 @@ class Objective(Protocol):
     def export(self, folder: Path) -> None:
         """Write the trained part into `folder`, in the layout that the loaders read."""
         ...
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module that are not frozen, with their names."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

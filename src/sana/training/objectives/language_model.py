@@ -12,10 +12,10 @@ it, as negative prompts do.
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from sana.data.cutout_shapes import KINDS
 from sana.text.gemma import with_cache
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
 from sana.training.config import RunSettings
+from sana.training.objectives.base import MAIN, trainable
 from sana.training.tokenizer import save_tokenizer, train_tokenizer
 
 INSTRUCTION = join_instruction(COMPLEX_HUMAN_INSTRUCTION) or ""
@@ -131,6 +132,8 @@ class LanguageModelObjective:
     """Next-token prediction on captions, with questions."""
 
     name = "language_model"
+    turns = MAIN
+    better: Literal["lower", "higher"] = "higher"
 
     def __init__(self, settings: LanguageModelSettings, run: RunSettings, device: torch.device) -> None:
         """Train the tokenizer and build the model."""
@@ -212,7 +215,11 @@ class LanguageModelObjective:
         last = texts.mask.sum(1) - 1
         return logits, phrases, self.module.scene_head(hidden[torch.arange(len(last), device=last.device), last])
 
-    def loss(self, draw: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """All that is not frozen."""
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw`."""
         rng = random.Random(f"{self.run.seed}/{draw}")
         with_instruction = rng.random() < self.settings.instruction_share
