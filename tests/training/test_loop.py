@@ -242,7 +242,7 @@ def test_muon_owns_inner_matrices_and_its_updates_are_orthogonal() -> None:
     torch.manual_seed(0)
     module = nn.ModuleDict({"conv": nn.Conv2d(32, 64, 3), "depth": nn.Conv2d(64, 64, 3, groups=64)})
     optimizers = Optimizers(module.named_parameters(), OptimizerSettings(name="muon", lr=1.0, warmup=0))
-    assert len(optimizers._matrices) == 1
+    assert len(optimizers._views) == 1
     conv = module["conv"].weight
     before = conv.detach().clone()
     (conv * torch.randn_like(conv)).sum().backward()  # type: ignore[no-untyped-call]

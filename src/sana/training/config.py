@@ -6,6 +6,7 @@ A recipe has the tables `[run]` (one per process: steps, seed, precision), `[opt
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
 T = TypeVar("T")
+
+NAMES = ("adamw", "muon", "came", "adamw8bit")
+SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +57,49 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, or Muon for the matrices and AdamW for the rest."""
+    """Which optimiser, and how fast."""
 
     name: str = "adamw"
+    """adamw, muon (for inner matrices; AdamW for the rest), came, or adamw8bit."""
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
+    scale_lr: bool = False
+    """Multiply `lr` by sqrt(samples in a step / 256), samples of all processes and micro-batches counted."""
+    betas: tuple[float, ...] = ()
+    """Two numbers, three for came; empty takes the optimiser's own: 0.9, 0.99 or 0.9, 0.999, 0.9999."""
+    eps: tuple[float, ...] = ()
+    """One number, two for came; empty takes the optimiser's own: 1e-8 or 1e-30, 1e-16."""
     weight_decay: float = 0.0
     warmup: int = 100
+    schedule: str = "linear"
+    """What follows the warm-up: constant, or constant and then a linear or cosine tail to a hundredth."""
     decay_share: float = 0.4
-    """The last share of the steps over which the rate falls linearly to a hundredth."""
+    """The last share of the steps over which the rate falls; 1 is a tail from the first step to the last."""
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse unknown optimisers and rates that cannot train."""
-        if self.name not in ("adamw", "muon"):
-            raise InvalidInput(f"optimizer.name must be adamw or muon, but is '{self.name}'.")
-        if not self.lr > 0:
-            raise InvalidInput(f"optimizer.lr must be positive, but is {self.lr}.")
+        for field_name, choices in (("name", NAMES), ("schedule", SCHEDULES)):
+            value = getattr(self, field_name)
+            if value not in choices:
+                raise InvalidInput(
+                    f"optimizer.{field_name} must be {', '.join(choices[:-1])} or {choices[-1]}, but is '{value}'."
+                )
+        for field_name in ("lr", "clip"):
+            if not 0 < getattr(self, field_name) < math.inf:
+                raise InvalidInput(f"optimizer.{field_name} must be positive, but is {getattr(self, field_name)}.")
         if not 0 <= self.decay_share <= 1:
             raise InvalidInput(f"optimizer.decay_share must lie in [0, 1], but is {self.decay_share}.")
+        if self.schedule == "constant" and self.decay_share not in (0, OptimizerSettings.decay_share):
+            raise InvalidInput(
+                "optimizer.decay_share has no effect with schedule = 'constant'; remove it, or choose linear or cosine."
+            )
+        for field_name in ("weight_decay", "warmup"):
+            if not 0 <= getattr(self, field_name) < math.inf:
+                raise InvalidInput(f"optimizer.{field_name} must not be negative, but is {getattr(self, field_name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InvalidInput(f"optimizer.betas must lie in [0, 1), but are {list(self.betas)}.")
+        if not all(eps > 0 for eps in self.eps):
+            raise InvalidInput(f"optimizer.eps must be positive, but is {list(self.eps)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
