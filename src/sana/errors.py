@@ -55,6 +55,12 @@ class OutOfMemory(SanaError, RuntimeError):
     exit_code = 4
 
 
+class ProcessLost(SanaError, RuntimeError):
+    """Another process of a run that several share has ended or does not answer."""
+
+    exit_code = 75
+
+
 class NonFinite(SanaError, ArithmeticError):
     """A computation gave NaN or infinity; no picture is made from it."""
 

@@ -49,14 +49,25 @@ class FakeTrainer:
         saved = folder / "step"
         self.step = int(saved.read_text()) if saved.exists() else 0
 
-    def steps(self) -> Iterator[TrainStep]:
+    is_first = True
+
+    def steps(self, stop: Callable[[], bool]) -> Iterator[TrainStep]:
         total = self.recipe.run.steps
         try:
-            while self.step < total:
+            while self.step < total and not stop():
                 type(self).at_step(self.step + 1)
                 self.step += 1
                 figures = {"psnr": 20.5} if self.step == total else None
-                yield TrainStep(step=self.step, steps=total, loss=1 / self.step, parts={}, seconds=0.5, figures=figures)
+                seconds, samples = 0.5, self.recipe.run.batch_size
+                yield TrainStep(
+                    step=self.step,
+                    steps=total,
+                    loss=1 / self.step,
+                    parts={},
+                    seconds=seconds,
+                    samples=samples,
+                    figures=figures,
+                )
         finally:
             (self.folder / "step").write_text(str(self.step))
 
@@ -119,9 +130,9 @@ def test_output_names_the_folder_of_the_runs(sana: Sana, trainers: list[FakeTrai
     assert sana("train", write("a.toml"), "-o", "elsewhere").out == "elsewhere/a/export\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     path = write("recipes/toy/a.toml")
     before = signal.getsignal(number)
@@ -129,7 +140,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         FakeTrainer, "at_step", staticmethod(lambda step: os.kill(os.getpid(), number) if step == 2 else None)
     )
     said = sana("train", path, "--run.batch_size", "2")
-    assert said.code == 130
+    assert said.code == code
     assert said.out == ""
     assert said.err.splitlines()[-1] == (
         "sana: Interrupted. a is saved at step 2 of 4. To go on: sana train recipes/toy/a.toml --run.batch_size 2"
@@ -153,10 +164,12 @@ def test_a_signal_in_the_last_step_still_stops_before_the_next_recipe(
     assert len(trainers) == 1
 
 
-def test_a_second_signal_does_not_wait() -> None:
-    with stop_requests() as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped()
+def test_a_second_interrupt_does_not_wait() -> None:
+    with stop_requests() as asked:
+        assert asked() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -189,6 +202,8 @@ def test_an_override_reaches_the_recipes_it_concerns(tmp_path: Path, monkeypatch
         (("a.toml", "--run.stps", "3"), 2, "run has no setting 'stps'. Did you mean 'steps'?"),
         (("a.toml", "--rum.steps", "3"), 2, "unknown table [rum]. Did you mean 'run'?"),
         (("a.toml", "--run.steps", "0"), 2, "run.steps must be at least 1"),
+        (("a.toml", "--run.steps", "0"), 2, "sana: --run.steps: run.steps must be at least 1"),
+        (("a.toml", "--autoencoder.thing", "3"), 2, "--autoencoder.thing: autoencoder has no setting 'thing'."),
         (("a.toml", "--run.steps"), 2, "--run.steps needs a value."),
         (("a.toml", "--steps", "3"), 2, "There is no option --steps."),
     ],

@@ -80,3 +80,75 @@ def test_run_settings_refuse_what_cannot_be(field: str, value: object) -> None:
 def test_optimizer_settings_refuse_what_cannot_be(field: str, value: object) -> None:
     with pytest.raises(InvalidInput, match=field):
         build(OptimizerSettings, {field: value}, "optimizer")
+
+
+RECIPE = """\
+objective = "autoencoder"  # run.steps = 4
+
+[run]
+steps = 4
+batch_size = 2
+save_evry = 3
+
+[optimizer]
+lr = -1.0
+schedule = "constant"
+decay_share = 0.5
+
+[autoencodr]
+thing_weight = 2.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "sentence"),
+    [
+        ((0, 12), "line 6: run has no setting 'save_evry'. Did you mean 'save_every'?"),
+        ((0, 5, 7, 12), "line 7: optimizer.lr must be positive, but is -1.0."),
+        ((0, 5, 7, 8, 9, 12), "line 8: optimizer.decay_share has no effect with schedule = 'constant'; remove it"),
+        ((0, 5, 11, 14), "line 7: '{file}' has an unknown table [autoencodr]. Did you mean 'autoencoder'?"),
+    ],
+)
+def test_what_is_wrong_is_told_with_file_and_line(tmp_path: Path, kept: tuple[int, ...], sentence: str) -> None:
+    lines, file = RECIPE.splitlines(), tmp_path / "a.toml"
+    chosen = [line for first, last in zip(kept[::2], kept[1::2], strict=True) for line in lines[first:last]]
+    file.write_text("\n".join(chosen))
+    with pytest.raises(InvalidInput) as caught:
+        load_recipe(file)
+    assert str(caught.value).startswith(f"{file}, {sentence.format(file=file)}")
+
+
+def test_what_an_override_made_wrong_is_told_with_the_override(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('objective = "autoencoder"\n[run]\nsteps = 4\nbatch_size = 2\n')
+    with pytest.raises(InvalidInput, match=r"^--run\.steps: run\.steps must be at least 1, but is 0"):
+        load_recipe(file, {"run.steps": "0"})
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"name": "came", "betas": [0.9, 1.5, 0.9]}, "optimizer.betas must lie in"),
+        ({"eps": [0.0]}, "optimizer.eps must be positive"),
+        ({"schedule": "step"}, "optimizer.schedule must be constant, cosine or linear, but is 'step'"),
+        ({"name": "came8bit"}, "optimizer.name must be adamw, muon, came or adamw8bit, but is 'came8bit'"),
+        ({"weight_decay": -0.1}, "optimizer.weight_decay must not be negative"),
+        ({"clip": 0.0}, "optimizer.clip must be positive"),
+    ],
+)
+def test_optimizer_tables_that_cannot_be(table: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        build(OptimizerSettings, table, "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"export": "first"}, "run.export must be last or best"),
+        ({"report": ["aim"]}, "run.report may name tensorboard and wandb, but not 'aim'"),
+        ({"timeout": 0.0}, "run.timeout must be positive"),
+    ],
+)
+def test_run_tables_that_cannot_be(table: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        build(RunSettings, {"steps": 1, "batch_size": 1, **table}, "run")

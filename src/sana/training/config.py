@@ -5,10 +5,12 @@ A recipe has the tables `[run]` (one per process: steps, seed, precision), `[opt
 `[discriminator_optimizer]`, and one named after its objective, whose keys are the fields of that objective's settings.
 """
 
+import contextlib
 import dataclasses
 import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -18,6 +20,7 @@ from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 T = TypeVar("T")
 
 NAMES = ("adamw", "muon", "came", "adamw8bit")
+TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -36,6 +39,12 @@ class RunSettings:
     """CPU threads of this process. One is the fastest per core when anything else runs on the machine."""
     compile: bool = False
     accumulate: int = 1
+    checkpointing: bool = False
+    """Compute the inside of each block again on the way back instead of keeping it: less memory, a third slower."""
+    shard: bool = False
+    """Split weights, gradients and optimiser states over the processes (FSDP2) instead of copying them (DDP)."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it stops."""
     ema: float = 0.999
     """Decay of the averaged weights (warmed up as (1 + k) / (10 + k)); 0 switches averaging off."""
     log_every: int = 20
@@ -43,6 +52,10 @@ class RunSettings:
     evaluate_every: int = 500
     max_non_finite: int = 20
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    export: str = "last"
+    """What is exported: the last (averaged) weights, or the best by the watched figure."""
+    report: tuple[str, ...] = ()
+    """Where the log goes beside `metrics.jsonl` and `report.html`: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
@@ -51,6 +64,13 @@ class RunSettings:
                 raise InvalidInput(f"run.{name} must be at least 1, but is {getattr(self, name)}.")
         if not 0 <= self.ema < 1:
             raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
+        if self.export not in ("last", "best"):
+            raise InvalidInput(f"run.export must be last or best, but is '{self.export}'.")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidInput(f"run.timeout must be positive, but is {self.timeout}.")
+        for name in self.report:
+            if name not in TRACKERS:
+                raise InvalidInput(f"run.report may name {' and '.join(TRACKERS)}, but not '{name}'.")
         if self.precision not in ("auto", "bf16", "float32"):
             raise InvalidInput(f"run.precision must be auto, bf16 or float32, but is '{self.precision}'.")
 
@@ -155,18 +175,28 @@ def _override(tables: dict[str, Any], key: str, text: str) -> None:
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe file and lay `overrides` (such as `{"run.steps": "100"}`) over it."""
+    """Read a recipe file and lay `overrides` (such as `{"run.steps": "100"}`) over it.
+
+    Errors: ModelNotFound when there is none; InvalidInput with file and line, or with the override, for what is wrong.
+    """
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ModelNotFound(f"There is no recipe at '{path}'. The repository's are in recipes/.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"'{path}' is not valid TOML: {error}.") from error
+    given = dict(overrides or {})
+    for key, value in given.items():
+        _override(tables, key, value)
+    with located(path, text, given):
+        return _recipe(path, tables)
+
+
+def _recipe(path: str | Path, tables: Mapping[str, Any]) -> Recipe:
     objective = tables.get("objective")
     if not isinstance(objective, str):
         raise InvalidInput(f"'{path}' does not say what to train: add objective = \"...\" as its first line.")
-    for key, text in (overrides or {}).items():
-        _override(tables, key, text)
     known = {"objective", "run", "optimizer", "discriminator_optimizer", objective}
     for name in tables:
         if name not in known:
@@ -181,3 +211,39 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
             None if second is None else build(OptimizerSettings, second, "discriminator_optimizer")
         ),
     )
+
+
+@contextlib.contextmanager
+def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> Iterator[None]:
+    """Add to an InvalidInput about a setting, named `table.key` or `[table]` in its sentence, where it was given."""
+    try:
+        yield
+    except InvalidInput as error:
+        words = str(error)
+        for name in sorted(set(_DOTTED.findall(words)) | {f"{t}.{k}" for t, k in _QUOTED.findall(words)}, key=len):
+            place = f"--{name}" if name in overrides else _line_of(path, text, name)
+            if place:
+                raise InvalidInput(f"{place}: {words}") from error
+        for name in _TABLE.findall(words):
+            if place := _line_of(path, text, name):
+                raise InvalidInput(f"{place}: {words}") from error
+        raise
+
+
+def _line_of(path: str | Path, text: str, name: str) -> str | None:
+    """Return `file, line n` of a setting `table.key`, or of the head of a table."""
+    table, _, key = name.rpartition(".") if "." in name else (name, "", "")
+    here = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if head := re.match(r"\s*\[([^\[\]]+)\]", line):
+            here = head[1].strip()
+            if not key and here == table:
+                return f"{path}, line {number}"
+        elif key and here == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
+            return f"{path}, line {number}"
+    return None
+
+
+_DOTTED = re.compile(r"\b([a-z_]\w*(?:\.[a-z_]\w*)+)\b")
+_QUOTED = re.compile(r"\b([a-z_]\w*) has no setting '(\w+)'")
+_TABLE = re.compile(r"\[([\w.]+)\]")

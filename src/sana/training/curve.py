@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,27 +35,31 @@ def append_line(metrics: Path, line: Mapping[str, object]) -> None:
             raise
 
 
-def read_series(metrics: Path) -> dict[str, Points]:
-    """Series name to (step, value): the loss, smoothed, and every held-out figure. Later lines replace earlier ones.
-
-    Lines that are not whole are skipped.
-    """
-    lines: dict[int, tuple[float, dict[str, float]]] = {}
+def read_lines(metrics: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log, one for each step, in the order of the steps. Later lines replace earlier ones."""
+    lines: dict[int, dict[str, Any]] = {}
     for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            figures = {str(name): float(value) for name, value in (line.get("held_out") or {}).items()}
-            lines[int(line["step"])] = float(line["loss"]), figures
+            numbers = {name: float(line[name]) for name in ("loss", "seconds", "samples") if name in line}
+            held_out = {str(name): float(value) for name, value in (line.get("held_out") or {}).items()}
+            if numbers.get("loss") is not None or held_out:
+                lines[int(line["step"])] = {**line, **numbers, "step": int(line["step"]), "held_out": held_out}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue
+    return [lines[step] for step in sorted(lines)]
+
+
+def read_series(metrics: Path) -> dict[str, Points]:
+    """Series name to (step, value): the loss, smoothed, and every held-out figure."""
     series: dict[str, Points] = {"loss": []}
     smooth: float | None = None
-    for step in sorted(lines):
-        loss, figures = lines[step]
+    for line in read_lines(metrics):
+        step, loss = line["step"], line.get("loss", math.nan)
         if math.isfinite(loss):
             smooth = loss if smooth is None else SMOOTHING * smooth + (1 - SMOOTHING) * loss
             series["loss"].append((step, smooth))
-        for name, value in figures.items():
+        for name, value in line["held_out"].items():
             if math.isfinite(value):
                 series.setdefault(name, []).append((step, value))
     return {name: points for name, points in series.items() if points}

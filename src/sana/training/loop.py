@@ -1,55 +1,54 @@
 """The one training loop: any objective, exact resume, averaged weights, a log that can be plotted.
 
-Every batch, noise draw and dropout is a function of (seed, step) alone, so a run that was killed and resumed goes
-through the same numbers as one that was not. Where a process group exists (`torchrun`), its processes take turns at the
-micro-batches and average their gradients; the first of them writes the files.
+Every batch, noise draw and dropout is a function of (seed, draw) alone, so a run that was killed and resumed goes
+through the same numbers as one that was not. Several processes take turns at the micro-batches and average their
+gradients, or split the weights; the first of them writes the files.
 """
 
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
-from sana.checkpoints.storage import publish
-from sana.errors import InvalidInput, NonFinite
+from sana.errors import InvalidInput, NonFinite, NotWritten
+from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.curve import append_line, draw_curve
+from sana.training.folders import Lock, check_changes
 from sana.training.objectives.base import Objective
-from sana.training.optimizers import Optimizers, rate
-from sana.training.state import Average, State, load_state, save_state
+from sana.training.players import Players, Tensors, use_checkpointing
+from sana.training.processes import Processes
+from sana.training.records import Records
+from sana.training.state import State, load_best, load_state, save_best, save_state
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """What one optimisation step reports; `figures` holds held-out figures when they were computed at this step."""
+    """What one optimisation step reports; `figures` holds held-out figures when they were computed at this step.
+
+    `stopping` says that a process was asked to stop: this is the last step, and it is saved.
+    """
 
     step: int
     steps: int
     loss: float
     parts: dict[str, float]
     seconds: float
+    samples: int = 0
     figures: dict[str, float] | None = None
-
-
-def autocast(run: RunSettings, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where the settings and the device want it."""
-    native = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    wanted = run.precision == "bf16" or (run.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16) if wanted else contextlib.nullcontext()
+    stopping: bool = False
 
 
 class Trainer:
-    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, `loss.png`, previews and, at the
-    end, the export.
+    """Trains an `Objective` in `folder`, which holds the states, `metrics.jsonl`, `report.html`, previews, the best
+    weights and, at the end, the export.
     """
 
     def __init__(
@@ -59,26 +58,59 @@ class Trainer:
         optimizer: OptimizerSettings,
         folder: Path,
         discriminator_optimizer: OptimizerSettings | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        rebuild: Callable[[], Objective] | None = None,
     ) -> None:
         """Build optimisers and average, and take up the newest state in `folder` if there is one.
 
-        `discriminator_optimizer` is for every turn but the first; without it all have the same settings.
+        `discriminator_optimizer` is for every turn but the first; without it all have the same settings. `settings` is
+        the objective's table, kept to tell what changed. `rebuild` makes the objective again, whole, to export weights
+        that are split over processes.
+        Errors: InvalidInput for contradictory settings, a folder in use, or one of another run.
         """
         if discriminator_optimizer is not None and len(objective.turns) == 1:
             raise InvalidInput(f"[discriminator_optimizer] has no effect on '{objective.name}', which has one player.")
-        self.objective, self.run, self.folder = objective, run, folder
-        self.device = next(objective.module.parameters()).device
-        first, *others = objective.turns
-        self.settings = {first: optimizer, **dict.fromkeys(others, discriminator_optimizer or optimizer)}
-        self.owned = {turn: dict(objective.parameters_of(turn)) for turn in objective.turns}
-        self.optimizers = {turn: Optimizers(self.owned[turn].items(), self.settings[turn]) for turn in objective.turns}
-        self.average = Average(self.owned[first], run.ema)
-        self.step = 0
-        self.refused = 0
-        grouped = distributed.is_available() and distributed.is_initialized()
-        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if grouped else (0, 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._take_up()
+        if run.shard and optimizer.name != "adamw":
+            raise InvalidInput(f"run.shard needs optimizer.name = 'adamw'; {optimizer.name} reads whole matrices.")
+        if run.shard and rebuild is None:
+            raise InvalidInput("run.shard needs a way to build the objective again for the export: give `rebuild`.")
+        self.objective, self.run, self.folder, self._rebuild = objective, run, folder, rebuild
+        self._tables = {
+            "objective": objective.name,
+            "run": asdict(run),
+            "optimizer": asdict(optimizer),
+            "discriminator_optimizer": discriminator_optimizer and asdict(discriminator_optimizer),
+            objective.name: settings,
+        }
+        if run.checkpointing:
+            use_checkpointing(objective)
+        self.processes = Processes(objective, run, next(objective.module.parameters()).device)
+        self.draws_per_step = run.accumulate * self.processes.world
+        self.samples = run.batch_size * self.draws_per_step
+        self.players = Players(objective, run, optimizer, discriminator_optimizer, self.samples)
+        self.average = self.players.average
+        self.step, self.draws, self.refused = 0, 0, 0
+        self.best: dict[str, Any] = {}
+        self._refusals: list[dict[str, Any]] = []
+        self._lock = Lock(folder) if self.processes.is_first else None
+        try:
+            with self.processes.first_goes_first():
+                self._take_up()
+                self._records = Records(folder, self._tables) if self.processes.is_first else None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.processes.is_first
+
+    def close(self) -> None:
+        """Let other processes have the folder; `steps` does it at its end."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -86,168 +118,235 @@ class Trainer:
             "refused": self.refused,
             "seed": self.run.seed,
             "batch_size": self.run.batch_size,
-            "optimizer": self.settings[self.objective.turns[0]].name,
+            "optimizer": self.players.settings[self.objective.turns[0]].name,
+            "draws": self.draws,
+            "draws_per_step": self.draws_per_step,
+            "best": self.best,
+            "settings": self._tables,
         }
 
     def _take_up(self) -> None:
-        state = load_state(self.folder / "states")
+        state = load_state(self.folder / "states", tidy=self.processes.is_first)
         if state is None:
             return
+        facts, saved = self._facts(), state.facts
+        if self.processes.is_first:
+            check_changes(self.folder, saved.get("settings", {}), self._tables)
         for key in ("objective", "seed", "batch_size", "optimizer"):
-            if state.facts.get(key) != self._facts()[key]:
+            if saved.get(key) != facts[key]:
                 raise InvalidInput(
-                    f"The run in '{self.folder}' was started with {key} {state.facts.get(key)!r}, not "
-                    f"{self._facts()[key]!r}; use another folder, or the same setting."
+                    f"The run in '{self.folder}' was started with {key} {saved.get(key)!r}, not {facts[key]!r}; "
+                    "use another folder, or the same setting."
                 )
+        if saved.get("draws_per_step", self.draws_per_step) != self.draws_per_step:
+            logger.warning(
+                "a step of '%s' was %d micro-batches (run.accumulate x processes) and is %d now: the order of the "
+                "data stays, the numbers do not",
+                *(self.folder, saved["draws_per_step"], self.draws_per_step),
+            )
         try:
-            self.objective.module.load_state_dict(dict(state.parts["module"]), strict=True)
-            for turn, optimizers in self.optimizers.items():
-                optimizers.load(dict(state.parts[self._part(turn)]))
-            self.average.values = {name: state.parts["ema"][name].clone() for name in self.average.values}
-        except (KeyError, RuntimeError) as error:
+            self.players.restore(state.parts)
+        except (KeyError, RuntimeError, ValueError) as error:
             text = f"The run in '{self.folder}' trained another model than this recipe describes"
             raise InvalidInput(f"{text}; use another folder, or the same settings.") from error
-        self.step, self.refused = state.step, int(state.facts.get("refused", 0))
+        self.step, self.refused = state.step, int(saved.get("refused", 0))
+        self.draws = int(saved.get("draws", self.step * self.draws_per_step))
+        self.best = dict(saved.get("best", {}))
         logger.info("resumed '%s' at step %d", self.folder, self.step)
 
-    def _part(self, turn: str) -> str:
-        """The name of an optimiser's part of a state."""
-        return "optimizer" if turn == self.objective.turns[0] else f"optimizer-{turn}"
-
-    def _take_turn(self) -> str:
-        """Let only the parameters of the present step's turn have gradients, and return its name."""
-        turns = self.objective.turns
-        turn = turns[self.step % len(turns)]
-        if len(turns) > 1:
-            for p in self.objective.module.parameters():
-                p.requires_grad_(False)
-            for p in self.owned[turn].values():
-                p.requires_grad_(True)
-        return turn
-
     def save(self) -> None:
-        """Write a state now."""
-        if self.rank != 0:
-            return
-        parts = {
-            "module": self.objective.module.state_dict(),
-            "ema": self.average.values,
-            **{self._part(turn): optimizers.tensors() for turn, optimizers in self.optimizers.items()},
-        }
-        save_state(self.folder / "states", State(step=self.step, parts=parts, facts=self._facts()))
+        """Write a state now; all processes of weights that are split must call it.
 
-    def _update(self) -> tuple[float, dict[str, float]]:
-        """One optimisation step over `accumulate` micro-batches; a non-finite one is refused and counted."""
+        Errors: OSError naming the file that could not be written; the states before are as they were.
+        """
+        if self.processes.is_first or self.run.shard:
+            parts = self.players.parts()
+            if self.processes.is_first:
+                save_state(self.folder / "states", State(step=self.step, parts=parts, facts=self._facts()))
+
+    def _save_now(self, *, last: bool) -> None:
+        """Save; where the disk refuses, go on from the last good state, unless there is no more to do."""
+        try:
+            self.save()
+        except OSError as error:
+            told = f"tep {self.step} could not be saved ({error.filename}: {error.strerror})"
+            if last:
+                raise NotWritten(f"S{told}. The state before is as it was: make room, and run it again.") from error
+            logger.warning("s%s; the training goes on, the state before is as it was", told)
+
+    def _update(self, stop: Callable[[], bool]) -> tuple[float, dict[str, float], bool] | None:
+        """One optimisation step over `accumulate` micro-batches; a non-finite one is refused and counted.
+
+        Returns None when it was given up, since alone there is no reason to finish a step before a stop.
+        """
+        run, world, rank = self.run, self.processes.world, self.processes.rank
         self.objective.module.train()
-        turn = self._take_turn()
+        turn = self.players.take_turn(self.step)
+        self.processes.prepare(turn)
         total, parts = 0.0, {}
-        for part in range(self.run.accumulate):
-            with autocast(self.run, self.device):
-                draw = (self.step * self.run.accumulate + part) * self.world + self.rank
-                loss, logged = self.objective.loss(draw, turn)
-            (loss / self.run.accumulate).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach()) / self.run.accumulate
+        for part in range(run.accumulate):
+            if part and world == 1 and stop():
+                self.players.drop_gradients(turn)
+                return None
+            draw = self.draws + part * world + rank
+            loss, logged = self.processes.loss(draw, turn, is_last=part == run.accumulate - 1)
+            total += float(loss) / run.accumulate
             parts = {name: float(value) for name, value in logged.items()}
-        trainable = [p for p in self.owned[turn].values() if p.grad is not None]
-        total = self._average(total, trainable)
-        norm = float(torch.nn.utils.clip_grad_norm_(trainable, self.settings[turn].clip))
-        parts["gradient_norm"] = norm
-        if math.isfinite(total) and math.isfinite(norm):
-            self.optimizers[turn].step(rate(self.step, self.run.steps, self.settings[turn]))
-            if turn == self.objective.turns[0]:
-                self.average.update(self.step // len(self.objective.turns))
+        norm = self.players.norm(turn)
+        parts["gradient_norm"] = float(norm)
+        mine = [float(other == rank and not math.isfinite(total)) for other in range(world)]
+        bad = not math.isfinite(parts["gradient_norm"])
+        loss_sum, all_bad, stops, *broken = self.processes.total(total, bad, stop(), *mine)
+        mean = loss_sum / world
+        if math.isfinite(mean) and not all_bad:
+            self.players.move(turn, self.step, norm)
         else:
-            self.refused += 1
-            for p in trainable:
-                p.grad = None
-            if self.refused > self.run.max_non_finite:
-                self.save()
-                raise NonFinite(
-                    f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. "
-                    "The run is saved."
-                )
-        return total, parts
+            self._refuse(turn, mean, parts, [other for other, flag in enumerate(broken) if flag])
+        self.draws += self.draws_per_step
+        return mean, parts, bool(stops)
 
-    def _average(self, loss: float, parameters: list[torch.nn.Parameter]) -> float:
-        """Average gradients over the processes, in place, and return the averaged loss."""
-        if self.world == 1:
-            return loss
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss])])
-        distributed.all_reduce(flat)
-        flat /= self.world
-        for gradient, piece in zip(gradients, torch.split(flat[:-1], [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(piece.view_as(gradient))
-        return float(flat[-1])
+    def _refuse(self, turn: str, loss: float, parts: dict[str, float], ranks: list[int]) -> None:
+        """Count a step that is not taken, on all processes alike, and stop the run after too many."""
+        self.refused += 1
+        draws = list(range(self.draws, self.draws + self.draws_per_step))
+        described = refusals.describe(
+            self.step, turn, draws, self.run.seed, loss, parts, self.players.owned[turn], ranks
+        )
+        self._refusals = [*self._refusals, described][-self.run.max_non_finite - 1 :]
+        self.players.drop_gradients(turn)
+        if self.refused <= self.run.max_non_finite:
+            return
+        where = ""
+        if self.processes.is_first:
+            try:
+                where = f" What is known about them is in {refusals.write(self.folder, self._refusals)}."
+            except OSError as error:
+                logger.warning("the report on non-finite steps is not written (%s)", error.strerror)
+        self._save_now(last=False)
+        text = f"{self.refused} steps had a non-finite loss or gradient; lower the learning rate. The run is saved."
+        raise NonFinite(text + where)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the module for the length of a `with` block."""
-        if self.run.ema:
-            self.average.swap()
+        self.average.swap()
+        self.processes.forget()
         self.objective.module.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            if self.run.ema:
-                self.average.swap()
+            self.processes.forget()
+            self.average.swap()
 
     def _look(self) -> dict[str, float] | None:
-        if self.rank != 0:
-            return None
+        """Measure, draw a picture, and keep the weights if they are the best so far; all processes take part."""
         with self.averaged():
-            figures = {name: float(value) for name, value in self.objective.evaluate().items()}
-            picture = self.objective.preview()
-        if picture is not None:
-            (self.folder / "previews").mkdir(exist_ok=True)
-            picture.save(self.folder / "previews" / f"{self.step:08d}.png")
+            figures = {name: float(value) for name, value in self.processes.look("evaluate").items()}
+            picture = self.processes.look("preview")
+            if self._records is not None and picture is not None:
+                self._records.keep_preview(self.step, picture)
+            self._keep_best(figures)
         return figures
 
-    def steps(self) -> Iterator[TrainStep]:
-        """Train to the end, yielding one report a step; closing the generator saves first."""
-        try:
-            while self.step < self.run.steps:
-                began = time.perf_counter()
-                loss, parts = self._update()
-                self.step += 1
-                last = self.step == self.run.steps
-                figures = self._look() if last or self.step % self.run.evaluate_every == 0 else None
-                report = TrainStep(
-                    step=self.step,
-                    steps=self.run.steps,
-                    loss=loss,
-                    parts=parts,
-                    seconds=time.perf_counter() - began,
-                    figures=figures,
-                )
-                if figures is not None or self.step % self.run.log_every == 0:
-                    self._log(report)
-                if last or self.step % self.run.save_every == 0:
-                    self.save()
-                yield report
-        except GeneratorExit:
-            self.save()
-            raise
-
-    def _log(self, report: TrainStep) -> None:
-        if self.rank != 0:
+    def _keep_best(self, figures: Mapping[str, float]) -> None:
+        name, figure = next(iter(figures.items()), ("", math.nan))
+        known = float(self.best.get("figure", math.nan))
+        is_better = figure < known if self.objective.better == "lower" else figure > known
+        if not math.isfinite(figure) or not (is_better or math.isnan(known)):
             return
-        line: dict[str, Any] = {"step": report.step, "loss": report.loss, **report.parts, "seconds": report.seconds}
-        if report.figures is not None:
-            line["held_out"] = report.figures
-        log = self.folder / "metrics.jsonl"
+        self.best = {"step": self.step, "name": name, "figure": figure}
+        weights = self.players.weights()
+        if self.processes.is_first:
+            try:
+                save_best(self.folder / "best", State(step=self.step, parts={"module": weights}, facts=self.best))
+            except OSError as error:
+                logger.warning("the best weights, of step %d, are not kept (%s)", self.step, error.strerror)
+
+    def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[TrainStep]:
+        """Train to the end, yielding one report a step; closing the generator saves first.
+
+        `stop` is asked in every step; when it says yes in any process, all end after the same step, saved.
+        Errors: NonFinite after too many refused steps; ProcessLost; NotWritten when the last state cannot be written.
+        """
+        if self._lock is not None:
+            self._lock.take()
         try:
-            append_line(log, line)
+            with self.processes.watched():
+                yield from self._steps(stop)
+        except GeneratorExit:
+            self._save_now(last=True)
+            raise
+        finally:
+            if self._records is not None:
+                self._records.close(self.best)
+            self.close()
+
+    def _steps(self, stop: Callable[[], bool]) -> Iterator[TrainStep]:
+        run, is_stopping = self.run, False
+        if self.step == 0:
+            self._record(TrainStep(step=0, steps=run.steps, loss=math.nan, parts={}, seconds=0, figures=self._look()))
+        while self.step < run.steps and not is_stopping:
+            began = time.perf_counter()
+            done = self._update(stop)
+            if done is None:
+                self._save_now(last=True)
+                return
+            loss, parts, is_stopping = done
+            self.step += 1
+            last = self.step == run.steps
+            figures = self._look() if last or self.step % run.evaluate_every == 0 else None
+            report = TrainStep(
+                step=self.step,
+                steps=run.steps,
+                loss=loss,
+                parts=parts,
+                seconds=time.perf_counter() - began,
+                samples=self.samples,
+                figures=figures,
+                stopping=is_stopping,
+            )
+            self._record(report)
+            if last or is_stopping or self.step % run.save_every == 0:
+                self._save_now(last=last or is_stopping)
+            yield report
+
+    def _record(self, report: TrainStep) -> None:
+        if self._records is not None and (report.figures is not None or report.step % self.run.log_every == 0):
+            line: dict[str, Any] = {} if math.isnan(report.loss) and not report.step else {"loss": report.loss}
+            line = {"step": report.step, **line, **report.parts, "seconds": report.seconds}
+            if report.samples:
+                line["samples"] = report.samples
             if report.figures is not None:
-                picture = draw_curve(log, self.objective.name)
-                publish(self.folder / "loss.png", lambda beside: picture.save(beside, "PNG"))
-        except OSError as error:  # the weights matter, not the log
-            logger.warning("step %d is not in the log (%s: %s)", report.step, error.filename, error.strerror)
+                line["held_out"] = report.figures
+            self._records.write(line, self.best)
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights through the objective."""
-        if self.rank != 0:
+        """Write the averaged weights, of the last step or of the best one, through the objective."""
+        objective, weights = self.objective, None
+        if self.run.shard:
+            with self.averaged():
+                weights = {name: tensor.cpu() for name, tensor in self.players.weights().items()}
+        if not self.processes.is_first:
             return
-        with self.averaged():
-            self.objective.export(folder)
+        if self.run.export == "best":
+            weights = dict(load_best(self.folder / "best").parts["module"])
+        if self.run.shard:
+            assert self._rebuild is not None
+            objective = self._rebuild()
+        with self.averaged() if weights is None else _holding(objective, weights):
+            objective.export(folder)
+
+
+@contextlib.contextmanager
+def _holding(objective: Objective, weights: Tensors) -> Iterator[None]:
+    """Other weights in an objective's module for the length of a `with` block."""
+    module = objective.module
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items() if name in weights}
+    module.load_state_dict(weights, strict=False)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.load_state_dict(kept, strict=False)

@@ -38,8 +38,8 @@ def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def piece_of(full: Tensor, like: Tensor) -> Tensor:
-    """Return what `like` is of a whole tensor: split as it is split, on its device."""
+    """Return what `like` is of a whole tensor, which every process has: split as it is split, on its device."""
     full = full.to(like.device)
     if isinstance(like, DTensor) and full.shape == like.shape:
-        return distribute_tensor(full, like.device_mesh, like.placements)
+        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
     return full

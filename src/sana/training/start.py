@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from sana.errors import InvalidInput, did_you_mean
-from sana.training.config import Recipe, RunSettings, build
+from sana.training.config import Recipe, build
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
+from sana.training.objectives.base import Objective
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
+from sana.training.processes import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,36 +32,45 @@ class Kind:
     """Settings that name folders."""
 
 
-def device_of(run: RunSettings) -> torch.device:
-    """The device that the settings name; auto takes the accelerator that is there, else the CPU."""
-    if run.device != "auto":
-        try:
-            return torch.device(run.device)
-        except RuntimeError as error:
-            raise InvalidInput(f"run.device must be auto, cpu, cuda or mps, but is '{run.device}'.") from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+def settings_of(recipe: Recipe) -> Any:
+    """The objective's own table of a recipe, as its dataclass.
 
-
-def start(recipe: Recipe, folder: Path) -> Trainer:
-    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+    Errors: InvalidInput for an objective or a setting that there is not.
+    """
     kind = OBJECTIVES.get(recipe.objective)
     if kind is None:
         raise InvalidInput(
             f"There is no objective '{recipe.objective}'.{did_you_mean(recipe.objective, OBJECTIVES)} "
             f"There are: {', '.join(OBJECTIVES)}."
         )
+    return build(kind.settings, recipe.settings, recipe.objective)
+
+
+def start(recipe: Recipe, folder: Path) -> Trainer:
+    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+    settings, kind = settings_of(recipe), OBJECTIVES[recipe.objective]
     device = device_of(recipe.run)
     if device.type == "cpu":
         torch.set_num_threads(recipe.run.threads)
-    settings = build(kind.settings, recipe.settings, recipe.objective)
     # Folders in a recipe are relative to the run's own, so that the stages find each other wherever the runs lie.
     named = {name: getattr(settings, name) for name in kind.folders}
     settings = dataclasses.replace(
         settings, **{name: os.path.normpath(folder / value) for name, value in named.items() if value}
     )
-    objective = kind.objective(settings, recipe.run, device)
-    return Trainer(objective, recipe.run, recipe.optimizer, folder, recipe.discriminator_optimizer)
+
+    def make() -> Objective:
+        made: Objective = kind.objective(settings, recipe.run, device)
+        return made
+
+    return Trainer(
+        make(),
+        recipe.run,
+        recipe.optimizer,
+        folder,
+        recipe.discriminator_optimizer,
+        settings=recipe.settings,
+        rebuild=make,
+    )
 
 
 OBJECTIVES: dict[str, Kind] = {

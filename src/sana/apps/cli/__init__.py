@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         if argv is None:  # a process of its own, which a second one ends at once, without a word
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        return _fail(terminal, stop, f"Interrupted. {stop}".strip(), INTERRUPTED)
+        return _fail(terminal, stop, f"Interrupted. {stop}".strip(), getattr(stop, "exit_code", INTERRUPTED))
     except SanaError as error:
         return _fail(terminal, error, str(error), error.exit_code)
     except OSError as error:
@@ -165,7 +165,7 @@ prints one JSON document, with --events what happens as JSON, line by line.
 
 exit codes: 0 done, 1 unexpected error, 2 bad input, 3 model or file not found
             or broken, 4 out of memory, 6 only some of the pictures were made,
-            130 interrupted"""
+            75 training ended early, saved: run it again, 130 interrupted"""
 
 VERBS = {
     "generate": Verb("sana.apps.cli.verbs.generate", "draw pictures; what happens when no verb is given"),

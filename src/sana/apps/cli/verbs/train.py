@@ -31,10 +31,18 @@ whose path is printed.
   sana train recipes/nano/*.toml             train the built-in model
   sana train my.toml --run.steps 100         change a setting of the recipe
 
-A run that was stopped goes on where it was; a finished one is not trained again."""
+A run that was stopped goes on where it was; a finished one is not trained again.
+Ctrl-C saves and ends with exit code 130, SIGTERM and SIGUSR1 save and end with 75.
+Several processes: accelerate launch -m sana.apps.cli train RECIPE.toml, or torchrun."""
 
 FINISHED = "finished.json"
 """File in a run's folder that says that it was trained to the end and exported, and from which recipe."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The system asked to stop; the run is saved and should be started again."""
+
+    exit_code = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,8 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         InvalidInput: a recipe or an override is wrong, or two recipes would share a folder.
         ModelNotFound: there is no such recipe.
     """
-    from sana.training.config import load_recipe
+    from sana.training.config import load_recipe, located
+    from sana.training.start import settings_of
 
     stages: list[Stage] = []
     tables = {path: _tables(path) for path in recipes}
@@ -121,7 +130,10 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         own = {key: text for key, text in overrides.items() if _concerns(key, path, tables)}
         file = Path(path)
         root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
-        stages.append(Stage(name=file.stem, recipe=load_recipe(path, own), folder=root / file.stem))
+        recipe = load_recipe(path, own)
+        with located(path, file.read_text(encoding="utf-8"), own):
+            settings_of(recipe)
+        stages.append(Stage(name=file.stem, recipe=recipe, folder=root / file.stem))
     folders = [stage.folder for stage in stages]
     for folder in folders:
         if folders.count(folder) > 1:
@@ -174,33 +186,38 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> None:
     trainer = start(stage.recipe, stage.folder)
     if trainer.step:
         terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
-    stopped = _loop(stage, trainer, terminal)
+    asked = _loop(stage, trainer, terminal)
     if trainer.step < stage.recipe.run.steps:
         where = f"{stage.name} is saved at step {trainer.step} of {stage.recipe.run.steps}"
-        raise KeyboardInterrupt(f"{where}. To go on: {command}")
+        raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)
-    temporary = stage.folder / f".{FINISHED}"
-    temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
-    temporary.replace(stage.folder / FINISHED)
-    if stopped:
-        raise KeyboardInterrupt(f"{stage.name} is finished. To go on: {command}")
+    if trainer.is_first:
+        temporary = stage.folder / f".{FINISHED}"
+        temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
+        temporary.replace(stage.folder / FINISHED)
+    if asked:
+        raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
 
 
-def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> bool:
-    """Train until the end or until a stop is asked for, and tell whether it was."""
-    total, run = stage.recipe.run.steps, stage.recipe.run
-    unit, rows = UNITS.get(stage.recipe.objective, "images"), run.batch_size * run.accumulate
-    with stop_requests() as stopped, terminal.count(total, trainer.step, stage.name) as progress:
-        steps = cast("Generator[TrainStep, None, None]", trainer.steps())
+def _stop(asked: int | None) -> type[KeyboardInterrupt]:
+    """Return the error for a signal; what another process was told is what the system told all."""
+    return KeyboardInterrupt if asked == signal.SIGINT else Preempted
+
+
+def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> int | None:
+    """Train until the end or until a stop is asked for, and return the signal that asked this process."""
+    total, is_first = stage.recipe.run.steps, trainer.is_first
+    unit = UNITS.get(stage.recipe.objective, "images")
+    with stop_requests() as asked, terminal.count(total, trainer.step, stage.name) as progress:
+        steps = cast("Generator[TrainStep, None, None]", trainer.steps(lambda: asked() is not None))
         with contextlib.closing(steps):  # closing it early saves the run
             for report in steps:
-                rate = f"{rows / max(report.seconds, 1e-9):.3g} {unit}/s"
-                progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
-                if report.figures:
+                rate = f"{report.samples / max(report.seconds, 1e-9):.3g} {unit}/s"
+                if is_first:
+                    progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
+                if is_first and report.figures:
                     terminal.say(_figures(stage, report))
-                if stopped():
-                    break
-        return stopped()
+        return asked()
 
 
 def _figures(stage: Stage, report: "TrainStep") -> str:
@@ -209,20 +226,24 @@ def _figures(stage: Stage, report: "TrainStep") -> str:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is whole; a second one does not wait."""
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Let signals wait for the end of a step, so that what is saved is whole, and tell which came first.
+
+    Ctrl-C a second time does not wait.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt("Stopped in the middle of a step.")
         asked.append(number)
 
     main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    user = [number for number in (getattr(signal, "SIGUSR1", None),) if number is not None]
+    numbers = (signal.SIGINT, signal.SIGTERM, *user) if main_thread else ()
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[0] if asked else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""The log, sent elsewhere too: TensorBoard and Weights & Biases."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sana.errors import MissingDependency
+
+
+class Tracker(Protocol):
+    """Where figures and pictures can be sent."""
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the figures of a step."""
+        ...
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Send a preview."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class TensorBoard:
+    """Event files in the run's folder, below `tensorboard`."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open the event file.
+
+        Errors: MissingDependency naming the extra.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the figures of a step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Send a preview."""
+        self._writer.add_image("preview", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush the file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `sanakit`; the library's own settings say where it goes, and whether at all."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Open the run, which a resumed training continues.
+
+        Errors: MissingDependency naming the extra.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
+        self._library: Any = wandb
+        self._run = wandb.init(
+            project="sanakit", name=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+        )
+
+    def figures(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the figures of a step."""
+        self._run.log(dict(values), step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Send a preview."""
+        self._run.log({"preview": self._library.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def _missing(name: str) -> MissingDependency:
+    return MissingDependency(f"run.report = ['{name}'] needs: pip install 'sanakit[{name}]'.")
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+}

@@ -1,0 +1,213 @@
+"""Two gloo processes: they walk as one, split weights, resume each other's runs, and stop when one is gone."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from test_loop import Regression, game, settings
+from torch import Tensor, multiprocessing, nn
+
+from sana.checkpoints.tensors import read_tensors
+from sana.errors import InvalidInput, NonFinite, ProcessLost
+from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.curve import read_lines
+from sana.training.loop import Trainer
+from sana.training.objectives.base import trainable
+from sana.training.state import load_state
+
+ADAMW = OptimizerSettings(lr=1e-2, warmup=2)
+
+
+class Blocks(Regression):
+    """A stack of blocks, which are split one by one, beside what is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.module = nn.ModuleDict(
+            {
+                "first": nn.Linear(32, 31),  # rows that two processes cannot share evenly
+                "blocks": nn.ModuleList([nn.Sequential(nn.Linear(31, 31), nn.SiLU()) for _ in range(2)]),
+                "last": nn.Linear(31, 32),
+                "frozen": nn.Linear(32, 32),
+            }
+        )
+        self.module["frozen"].requires_grad_(False)
+
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        return trainable(self.module)
+
+    def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
+        x = torch.randn(8, 32, generator=torch.Generator().manual_seed(draw))
+        y = self.module["first"](x)
+        for block in self.module["blocks"]:
+            y = y + block(y)
+        return (self.module["last"](y) + self.module["frozen"](x) - x.flip(1)).square().mean(), {}
+
+
+def blocks(folder: Path, stop: int | None = None, **changes: object) -> Trainer:
+    trainer = Trainer(Blocks(), settings(**changes), ADAMW, folder, rebuild=Blocks)
+    for step in trainer.steps(lambda: stop is not None and trainer.step + 1 >= stop):
+        assert step.stopping == (step.step == stop)
+    return trainer
+
+
+def join(rank: int, folder: Path, timeout: float = 60.0) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    from datetime import timedelta
+
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=timeout)
+    )
+
+
+def leave() -> None:
+    torch.distributed.barrier()  # who leaves while the other still listens is ended by gloo
+    torch.distributed.destroy_process_group()
+
+
+def beside(rank: int, task: Callable[[int, Path], None], folder: Path) -> None:
+    join(rank, folder)
+    task(rank, folder)
+    leave()
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    found = load_state(folder / "states")
+    assert found is not None
+    return {f"{part}/{name}": tensor for part, tensors in found.parts.items() for name, tensor in tensors.items()}
+
+
+def poisoned(rank: int, folder: Path) -> None:
+    draws = frozenset({3}) if rank == 1 else frozenset()  # draw 3 is the second process's, in step 1
+    trainer = Trainer(Regression(draws), settings(steps=3, max_non_finite=0), ADAMW, folder)
+    steps = trainer.steps()
+    next(steps)
+    before = {name: p.detach().clone() for name, p in trainer.objective.module.named_parameters()}
+    with pytest.raises(NonFinite, match="1 steps had a non-finite"):
+        next(steps)
+    assert trainer.refused == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.objective.module.named_parameters())
+
+
+def stopped(rank: int, folder: Path) -> None:
+    trainer = Trainer(Regression(), settings(), ADAMW, folder)
+    seen = [report.step for report in trainer.steps(lambda: rank == 1 and trainer.step == 6)]
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+def all_of_it(rank: int, folder: Path) -> None:
+    blocks(folder / "copies")
+    blocks(folder / "micro", accumulate=2)
+    game(folder / "game")
+    split = blocks(folder / "split", shard=True)
+    split.export(folder / "split" / "export")
+    blocks(folder / "resumed", stop=5, shard=True)
+    blocks(folder / "resumed", shard=True)
+    blocks(folder / "begun by two", stop=5)
+    blocks(folder / "begun by one")
+    poisoned(rank, folder / "poisoned")
+    stopped(rank, folder / "stopped")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, once for all tests; one run was begun here, and one is ended here."""
+    folder = tmp_path_factory.mktemp("pair")
+    blocks(folder / "begun by one", stop=5, accumulate=2)
+    multiprocessing.spawn(beside, args=(all_of_it, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    blocks(folder / "begun by two", accumulate=2)
+    return folder
+
+
+def test_two_processes_walk_as_one(tmp_path: Path, pair: Path) -> None:
+    one = blocks(tmp_path / "one", accumulate=2)
+    blocks(tmp_path / "four", accumulate=4)
+    game(tmp_path / "game alone", accumulate=2)
+    whole, expected = state(tmp_path / "one"), losses(tmp_path / "one")
+    for name in ("copies", "split", "resumed", "begun by two", "begun by one"):
+        assert losses(pair / name) == pytest.approx(expected, abs=1e-5), name
+        found = state(pair / name)
+        assert found.keys() == whole.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+    for two, alone in (("micro", "four"), ("game", "game alone")):
+        assert losses(pair / two) == pytest.approx(losses(tmp_path / alone), abs=1e-5), two
+    split, resumed = state(pair / "split"), state(pair / "resumed")
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in split.items())
+    exported = torch.load(pair / "split" / "export" / "weights.pt", weights_only=True)
+    torch.testing.assert_close(exported["first.weight"], one.average.values["first.weight"], rtol=1e-3, atol=2e-5)
+    assert torch.equal(exported["frozen.weight"], one.objective.module["frozen"].weight)  # type: ignore[index]
+    best = dict(read_tensors(pair / "split" / "best" / "module.safetensors"))
+    assert best["first.weight"].shape == (31, 32)
+
+
+def test_a_non_finite_loss_of_one_process_is_refused_by_all(pair: Path) -> None:
+    (told,) = json.loads((pair / "poisoned" / "non-finite.json").read_text())
+    assert (told["step"], told["draws"], told["processes"]) == (1, [2, 3], [1])
+    assert "weight" in "".join(told["gradients"])
+
+
+def test_a_stop_asked_of_one_process_ends_all_after_the_same_step_saved(pair: Path) -> None:
+    found = load_state(pair / "stopped" / "states")
+    assert found is not None
+    assert found.step == 7
+
+
+def one_dies(rank: int, how: str, folder: str) -> None:
+    join(rank, Path(folder), timeout=3.0)
+    trainer = Trainer(Regression(), settings(steps=500, timeout=3.0), ADAMW, Path(folder) / "run")
+    began = time.monotonic()
+    try:
+        for report in trainer.steps():
+            if rank == 1 and report.step == 4:
+                if how == "dies":
+                    os._exit(0)
+                time.sleep(30)
+    except ProcessLost as error:
+        (Path(folder) / "said").write_text(f"{time.monotonic() - began:.1f} {error.exit_code} {error}")
+        os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
+def test_when_a_process_is_gone_or_silent_the_others_stop_with_a_sentence(tmp_path: Path, how: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=one_dies, args=(rank, how, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    workers[0].join(60)
+    workers[1].kill()
+    said = (tmp_path / "said").read_text()
+    assert "75 Process 0 of 2 stops: another one has ended, or was silent for 3.0 s (run.timeout)." in said
+    assert "Run the same command again to go on from the last state." in said
+    assert float(said.split()[0]) < 25
+
+
+def test_split_weights_need_company_and_adamw(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="over several processes, but there is one; start them with torchrun"):
+        Trainer(Blocks(), settings(shard=True), ADAMW, tmp_path, rebuild=Blocks)
+    muon = OptimizerSettings(name="muon")
+    with pytest.raises(InvalidInput, match=r"run.shard needs optimizer.name = 'adamw'; muon reads whole matrices"):
+        Trainer(Blocks(), settings(shard=True), muon, tmp_path, rebuild=Blocks)
+    with pytest.raises(InvalidInput, match="give `rebuild`"):
+        Trainer(Blocks(), settings(shard=True), ADAMW, tmp_path)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    from sana.training.processes import device_of
+
+    with pytest.raises(InvalidInput, match=r"run.device must be auto, cpu, cuda or mps, but is 'gpu'"):
+        device_of(RunSettings(steps=1, batch_size=1, device="gpu"))
+    if not torch.accelerator.is_available():
+        with pytest.raises(InvalidInput, match=r"run.device is 'cuda', but this computer has no such device"):
+            device_of(RunSettings(steps=1, batch_size=1, device="cuda"))
+    assert device_of(RunSettings(steps=1, batch_size=1, device="cpu")).type == "cpu"
