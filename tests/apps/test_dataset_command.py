@@ -241,6 +241,8 @@ def test_broken_samples_are_left_out_of_tars(sana: Sana, pictures: Path) -> None
         (("check", "pictures", "-m", "nan0"), "There is no model 'nan0'. Did you mean 'nano'?"),
         (("pack", "pictures"), "Name a data set and a folder for the tars"),
         (("pack", "pictures", "pictures"), "The tars would lie among what is packed."),
+        (("pack", "pictures", "a\0b"), "has no name that a folder can have"),
+        (("check", "~nobody-of-this-name/x"), "There is no file or folder ~nobody-of-this-name/x"),
         (("pack", "pictures", "."), "The tars would lie among what is packed."),
         (("pack", "pictures", "pictures/0.png"), "0.png is a file. Give a folder for the tars."),
         (("pack", "pictures", "out", "--samples", "0"), "--samples must be at least 1, not 0."),

@@ -56,7 +56,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     path = one_path(names, "preview")
     if not 1 <= options.count <= MOST:
         raise InvalidInput(f"--count must lie from 1 to {MOST}, not {options.count}.")
-    if options.output.suffix.lower() != ".png":
+    if options.output.suffix.lower() != ".png" or "\0" in str(options.output):
         raise InvalidInput(f"The sheet is a PNG, so its name must end in .png, not '{options.output.name[-40:]}'.")
 
     from sana.data.captions import CaptionChoice, choose
