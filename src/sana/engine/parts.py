@@ -315,7 +315,7 @@ def _from_file(
     if folder is None:
         raise CheckpointError(
             f"{located.file} has an architecture that no published model has, so its text encoder is unknown. Put it"
-            " into the folder of its model, or load the parts one by one."
+            f" into the folder of its model, or name that: sana convert {located.file.name} OUT --base MODEL"
         )
     options = {**options, "quantization_config": quantized or None}
     parts = load(folder, device=device, dtype=dtype, **{**options, **networks, **components})
