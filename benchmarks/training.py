@@ -1,29 +1,38 @@
 """A step of flow-matching training at the width of the 0.6B transformer, beside the reference's DreamBooth script.
 
-    python benchmarks/training.py [--quick] [--blocks 4] [--rounds 5] [--threads 1] [--sizes 512 1024] [--no-nano]
+    python benchmarks/training.py [--quick] [--blocks 4] [--rounds 5] [--threads 1] [--sizes 512 1024] [--kinds lora]
 
 Both sides take the same weights, latents, texts, noise and rank, bfloat16 autocast, a clipped gradient and AdamW. LoRA
 has rank 4 on queries, keys and values and a bfloat16 base; full has float32 weights. The reference's side does what its
 LoRA script does: peft's adapters, texts padded to 300 tokens with a mask. Ours pads a batch to its longest text. There
 are 4 pictures in a batch at 512 px, the script's defaults, and 1 at 1024 px. In the column of the process's peak each
 case runs in a process of its own: weights, gradients and optimiser included, above what the libraries take.
+
+The last table is a LoRA of the built-in model on new pictures of 256 px: encoded in the step that uses them, as every
+picture is once, and read from features that were computed before.
 """
 
 import argparse
+import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Timing, child, heading, measure, peak_memory
+from harness import Timing, child, heading, measure, peak_memory, table
+from PIL import Image
 from random_models import filled
 from torch import Tensor
 
 import sana
 from sana.cards import CARDS
+from sana.data import cutout_captions, cutouts
 from sana.flow.density import sample_levels
 from sana.training.batches import Batch, collated
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.loop import autocast
+from sana.training.objectives.flow_matching import FlowMatchingObjective
+from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.optimizers import Optimizers
 from sana.training.trainables import FullTrainable, LoraSettings, LoraTrainable, Trainable
 
@@ -35,6 +44,7 @@ PICTURES = {256: 4, 512: 4, 1024: 1}
 SHIFT, RATE, CLIP, DECAY = 3.0, 1e-4, 1.0, 1e-4
 THEIRS, OURS = "diffusers", "sanakit"
 KINDS = ("lora", "full")
+WARMUPS = 2
 CPU = torch.device("cpu")
 Inputs = tuple[Tensor, list[Tensor]]
 Step = Callable[[], float]
@@ -61,7 +71,9 @@ def main() -> None:
             if options.peak_of:
                 print(own_peak(options.peak_of, kind, settings, drawn(size, options.lengths)))
             else:
-                print(compared(kind, size, settings, options))
+                print(compared(kind, size, settings, options), flush=True)
+    if not options.peak_of:
+        print(encoding(options))
 
 
 def compared(kind: str, size: int, settings: dict[str, Any], options: argparse.Namespace) -> str:
@@ -102,7 +114,7 @@ def names() -> list[str]:
 def rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], count: int) -> str:
     """Return the table: each of ours against the reference's of the same kind."""
     lines = [
-        "| step | pictures per CPU s | CPU s, median (min - max) | against diffusers | peak of the process | of it |"
+        "| step | pictures per CPU s | CPU s, median (min - max) | against diffusers | peak of the process | of theirs |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, timing in timings.items():
@@ -127,7 +139,7 @@ def drawn(size: int, lengths: Sequence[int]) -> Inputs:
 def build(name: str, kind: str, settings: dict[str, Any], inputs: Inputs) -> Step:
     """Return the step of a case, on a model of its own."""
     make = theirs if name.startswith(THEIRS) else ours
-    return make(kind, settings, inputs, "checkpointing" in name)
+    return torch.enable_grad()(make(kind, settings, inputs, "checkpointing" in name))
 
 
 def ours(kind: str, settings: dict[str, Any], inputs: Inputs, checkpointing: bool) -> Step:
@@ -136,7 +148,6 @@ def ours(kind: str, settings: dict[str, Any], inputs: Inputs, checkpointing: boo
     model.train().gradient_checkpointing = checkpointing
     trainable: Trainable = LoraTrainable(model, LoraSettings(), 0) if kind == "lora" else FullTrainable(model)
     learning = [(name, p) for name, p in trainable.module.named_parameters() if p.requires_grad]
-    run = RunSettings(steps=1, batch_size=len(inputs[0]), precision="bf16")
     optimizers = Optimizers(learning, OptimizerSettings(name="adamw", lr=RATE, weight_decay=DECAY))
     latents, texts = inputs
     embeds, mask = collated(texts)
@@ -147,7 +158,7 @@ def ours(kind: str, settings: dict[str, Any], inputs: Inputs, checkpointing: boo
         levels = sample_levels(len(latents), SHIFT, generator)
         noise = torch.randn(latents.shape, generator=generator)
         sigma = levels.sigmas.view(-1, 1, 1, 1)
-        with autocast(run, CPU):
+        with torch.autocast("cpu", torch.bfloat16):
             predicted = trainable.velocity((1 - sigma) * latents + sigma * noise, batch, levels.timesteps.float())
             loss = (predicted.float() - (noise - latents)).square().mean((1, 2, 3)).mean()
         loss.backward()
@@ -198,6 +209,56 @@ def theirs(kind: str, settings: dict[str, Any], inputs: Inputs, checkpointing: b
         return float(loss.detach())
 
     return step
+
+
+def encoding(options: argparse.Namespace) -> str:
+    """Return the table of what it costs to encode in the step."""
+    count = 4 * (options.rounds + WARMUPS)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures(Path(folder) / "pictures", count)
+        cases = {
+            "encoded in the step": nano(Path(folder), count, features=False),
+            "precomputed": nano(Path(folder), count, features=True),
+        }
+        timings = measure(cases, options.rounds, warmups=WARMUPS, threads=options.threads)
+    told = ("built-in model", "4 pictures of 256 px a step", f"{options.threads} thread(s), {options.rounds} rounds")
+    return (
+        heading("Training, LoRA, pictures and captions encoded or read", *told)
+        + "\n"
+        + table(timings, peers=["encoded in the step"])
+    )
+
+
+def pictures(folder: Path, count: int) -> None:
+    """Draw pictures with captions of their own."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for number in range(count):
+        scene = cutouts.sample_scene(rng)
+        Image.fromarray(cutouts.render(scene)).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"picture {number}: {cutout_captions.caption(scene, rng).text}")
+
+
+def nano(folder: Path, count: int, features: bool) -> Step:
+    """Return a step of the trainer's objective on new pictures."""
+    data: dict[str, Any] = {"path": str(folder / "pictures"), "square": True}
+    if features:
+        data["features"] = str(folder / "features")
+    run = RunSettings(steps=count, batch_size=4)
+    objective = FlowMatchingObjective(FlowMatchingSettings(start="nano", train="lora", data=data), run, CPU)
+    learning = list(objective.parameters_of("main"))
+    optimizers = Optimizers(learning, OptimizerSettings(name="adamw", lr=RATE))
+    draws = iter(range(count))
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = objective.loss(next(draws))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in learning], CLIP)
+        optimizers.step(1.0)
+        return float(loss.detach())
+
+    return torch.enable_grad()(step)
 
 
 def own_peak(name: str, kind: str, settings: dict[str, Any], inputs: Inputs) -> int:
