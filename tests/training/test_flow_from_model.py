@@ -14,7 +14,8 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.hub import locate
 from sana.data import cutouts
 from sana.engine.generate import generate_images
-from sana.engine.parts import CARD_KEY, load
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
 from sana.engine.request import LoraRequest, Request
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow.density import loss_weights

@@ -16,7 +16,8 @@ from sana.checkpoints.lora.writing import model_spec, save_lora
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.storage import publish
 from sana.checkpoints.tensors import read_header
-from sana.engine.parts import CARD_KEY, load
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
 from sana.training.trainables import ControlTrainable, FullTrainable, LoraTrainable, Trainable
 
 ADAPTER = "pytorch_lora_weights.safetensors"

@@ -16,7 +16,7 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import save_parts
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import SanaTransformer2DModel
-from sana.engine.parts import CARD_KEY
+from sana.engine.model_card import CARD_KEY
 from sana.errors import InvalidInput
 from sana.flow.schedulers import DPMSolverMultistepScheduler
 from sana.text.gemma import PromptEncoder
