@@ -186,7 +186,7 @@ def test_overrides_are_taken_out_of_the_command_line() -> None:
 def test_an_override_reaches_the_recipes_it_concerns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = write("a.toml")
-    two = write("b.toml", RECIPE.replace('"autoencoder"', '"flow_matching"'))
+    two = write("b.toml", RECIPE.replace('"autoencoder"', '"language_model"'))
     stages = plan([one, two], {"run.steps": "9", "autoencoder.thing_weight": "2.0"}, None)
     assert [stage.recipe.run.steps for stage in stages] == [9, 9]
     assert [dict(stage.recipe.settings) for stage in stages] == [{"thing_weight": 2.0}, {}]
@@ -228,6 +228,18 @@ def test_a_real_recipe_end_to_end(sana: Sana) -> None:
     stage = json.loads(said.out)["stages"][0]
     assert AutoencoderDC.from_pretrained(stage["export"]).config.latent_channels == 8
     assert "held out:" in said.err
+
+
+def test_a_dry_run_tells_memory_and_time_and_trains_nothing(sana: Sana) -> None:
+    said = sana("train", write("recipes/toy/small.toml", SMALL), "--dry-run", "--json")
+    assert said.code == 0, said.err
+    (told,) = json.loads(said.out)["stages"]
+    parts = [told[kind] for kind in ("weights", "gradients", "optimizer", "average", "activations")]
+    assert told["total"] == sum(parts)
+    assert told["optimizer"] == 2 * told["gradients"]
+    assert told["seconds"] > 0
+    assert not Path("runs").exists()
+    assert "MB (weights " in sana("train", "recipes/toy/small.toml", "--dry-run").out
 
 
 def test_evaluate_prints_the_table_and_writes_the_report(
