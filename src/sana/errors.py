@@ -21,6 +21,12 @@ class InvalidInput(SanaError, ValueError):
     exit_code = 2
 
 
+class BadData(InvalidInput):
+    """Samples of a data set are missing or broken, or more of them than a run puts up with."""
+
+    exit_code = 3
+
+
 class MissingDependency(SanaError, ImportError):
     """An optional package that the requested feature needs is not installed."""
 

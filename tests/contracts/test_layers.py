@@ -31,6 +31,7 @@ TORCH_FREE = {
     "engine/request.py",
     "engine/attachments.py",
     "engine/pictures.py",
+    *(f"data/{path.name}" for path in (SOURCE / "data").glob("*.py")),
     "engine/values.py",
     "engine/metadata/__init__.py",
     *(

@@ -183,7 +183,7 @@ def test_defaults_of_the_strength(tiny_parts: Parts) -> None:
 def test_nothing_outside_the_mask_changes(
     tiny_parts: Parts, sprint: Parts, kind: str, strength: float | None, picture: Image.Image, size: Any, binning: bool
 ) -> None:
-    from sana.engine.pictures import fit
+    from sana.data.pictures import fit
 
     parts = tiny_parts if kind == "multi-step" else sprint
     mask = MASK.resize(picture.size, Image.Resampling.NEAREST)

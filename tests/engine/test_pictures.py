@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from sana import load_image
+from sana.data.pictures import MAX_PIXELS, fit
 from sana.engine.attachments import FileRef
-from sana.engine.pictures import MAX_PIXELS, fit, picture_size, read_mask, read_picture, reference
+from sana.engine.pictures import picture_size, read_mask, read_picture, reference
 from sana.errors import InvalidInput, ModelNotFound, SanaError
 
 RAMP = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))

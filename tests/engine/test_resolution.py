@@ -6,7 +6,8 @@ from diffusers.pipelines.sana.pipeline_sana import ASPECT_RATIO_4096_BIN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sana.engine.resolution import BINS, bins_of, check_known, check_step, cut_told, fitted_size, nearest_bin
+from sana.data.buckets import fitted_size
+from sana.engine.resolution import BINS, bins_of, check_known, check_step, cut_told, nearest_bin
 from sana.errors import InvalidInput
 
 ORACLE = {

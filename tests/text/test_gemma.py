@@ -3,14 +3,16 @@
 import copy
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sana.errors import InvalidInput, NonFinite
-from sana.text.gemma import PromptEncoder, TextCondition, pad
+from sana.text.gemma import PromptEncoder, TextCondition, pad, with_cache
 from text.tiny_gemma import INSTRUCTION, PROMPTS, tiny_gemma, tiny_tokenizer
 
 RMS_GATE = 1e-6
@@ -352,6 +354,21 @@ def test_non_finite_raises_and_is_not_kept(tokenizer: Any, dtype: torch.dtype, s
 def test_bad_arguments(tokenizer: Any, model: Any, arguments: tuple[Any, ...], sentence: str) -> None:
     with pytest.raises(InvalidInput, match=sentence):
         PromptEncoder(tokenizer, model).encode(*arguments)
+
+
+def test_the_cache_is_handed_over_under_the_name_that_the_installed_library_knows(model: Any) -> None:
+    class Older:
+        def forward(self, input_ids: Tensor, past_key_values: object = None) -> None: ...
+
+    class Newer:
+        def forward(self, input_ids: Tensor, cache: object = None, **options: object) -> None: ...
+
+    assert with_cache(Older(), 1) == {"past_key_values": 1}
+    assert with_cache(Newer(), 1) == {"cache": 1}
+    (name,) = with_cache(model, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.tensor([[2, 3]]), **{name: DynamicCache(config=model.config)})
 
 
 def test_bad_batch_size(tokenizer: Any, model: Any) -> None:

@@ -17,10 +17,12 @@ from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training import features
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.drawn_batches import HELD_OUT, DrawnBatches
 from sana.training.features import FeatureStore, fingerprint, load_text, scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings, cell_labels, to_tensor
-from sana.training.objectives.flow_matching import HELD_OUT, FlowMatchingObjective, FlowMatchingSettings
+from sana.training.objectives.flow_matching import FlowMatchingObjective
+from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings, scene_labels
 from sana.training.tokenizer import train_tokenizer
 
@@ -198,10 +200,12 @@ def test_flow_matching_learns_and_its_export_is_a_pipeline_for_the_reference(
         shift=2.0,
     )
     objective = FlowMatchingObjective(settings, run(batch_size=16), CPU)
-    x0 = objective.features.latents[: objective._training].float()
+    batches = objective.origin.batches
+    assert isinstance(batches, DrawnBatches)
+    x0 = batches.features.latents[: batches._training].float()
     first = float(objective.loss(0)[1]["velocity"])
     assert first == pytest.approx(1 + float(x0.square().mean()), rel=0.15)  # the zeroed output predicts nothing
-    order = torch.cat([objective._indices(draw) for draw in range(objective._training // 16)])
+    order = torch.cat([batches._scenes(draw) for draw in range(batches._training // 16)])
     assert sorted(order.tolist()) == list(range(320 - HELD_OUT))
     trainer = train(objective, run(steps=30, batch_size=16), tmp_path / "run", lr=1e-2)
     assert float(objective.loss(0)[1]["velocity"]) < 0.9 * first

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from sana.data.buckets import fitted_size
+from sana.data.pictures import fit
 from sana.engine.images import resize_and_crop
-from sana.engine.pictures import fit
-from sana.engine.resolution import fitted_size
 from sana.errors import InvalidInput
 
 Array = npt.NDArray[Any]

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sana.data.buckets import fitted_size
+from sana.data.pictures import upright_picture
 from sana.engine.metadata import Level, png_info
-from sana.engine.pictures import upright_picture
 from sana.engine.png import write_png
 from sana.engine.request import Result
-from sana.engine.resolution import fitted_size
 from sana.errors import InvalidInput, ModelNotFound, NonFinite, NotWritten, SanaError, did_you_mean
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -202,7 +202,7 @@ def load_image(
 ) -> Image.Image:
     """Return a picture, upright and in RGB, from a path, an http(s) address or a PIL image.
 
-    PNG, JPEG and WebP files are read, of at most `pictures.MAX_PIXELS`.
+    PNG, JPEG and WebP files are read, of at most `data.pictures.MAX_PIXELS`.
 
     Args:
         image: where the picture is.

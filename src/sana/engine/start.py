@@ -11,12 +11,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from sana.data.pictures import fit
 from sana.engine.attachments import ControlRequest, FileRef
 from sana.engine.canvas import Canvas, Kept, feathered, fitted_mask, masked, outpainted
 from sana.engine.control_maps import control_map
 from sana.engine.edits import Edit, encode_picture, latent_mask, to_tensor
 from sana.engine.parts import Parts
-from sana.engine.pictures import fit, is_see_through, read_mask, read_picture, reference
+from sana.engine.pictures import is_see_through, read_mask, read_picture, reference
 from sana.engine.predictor import Control
 from sana.engine.request import Request, ResolvedRequest, shown
 from sana.engine.resolution import BINS, check_step, cut_told, nearest_bin

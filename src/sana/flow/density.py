@@ -5,6 +5,7 @@ The loss has no level-dependent weight, so the density of sigma is the whole emp
 Shapes: n levels, one per sample [n]; float32 on the CPU, drawn there so that a seed means the same run everywhere.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,6 +86,26 @@ def _uniform(n: int, generator: Generator | None, mean: float, std: float) -> Te
     return torch.rand(n, generator=generator)
 
 
+def loss_weights(name: str, sigmas: Tensor, gamma: float = 5.0) -> Tensor:
+    """Return the weight [n] of each level in the loss of the velocity.
+
+    With the signal-to-noise ratio r = ((1 - sigma) / sigma)^2, an error of the velocity is sigma times as large in x0:
+    min-snr weighs the squared error of x0 by min(r, gamma) (Hang et al. 2023, arXiv 2303.09556, equation 8), so that of
+    the velocity by min((1 - sigma)^2, gamma sigma^2). sigma-sqrt is sigma^-2, cosmap 2 / (pi (1 - 2 sigma + 2 sigma^2))
+    (Esser et al. 2024, arXiv 2403.03206, section 3.1). Raises InvalidInput.
+    """
+    if name not in WEIGHTINGS:
+        known = ", ".join(WEIGHTINGS)
+        raise InvalidInput(f"There is no weighting '{name}'.{did_you_mean(name, WEIGHTINGS)} Choose one of: {known}.")
+    return WEIGHTINGS[name](sigmas, gamma)
+
+
+WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda sigmas, _: torch.ones_like(sigmas),
+    "min-snr": lambda sigmas, gamma: torch.minimum((1 - sigmas) ** 2, gamma * sigmas**2),
+    "sigma-sqrt": lambda sigmas, _: sigmas.clamp(min=1e-3) ** -2.0,  # the smallest level but 0 of the published table
+    "cosmap": lambda sigmas, _: 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)),
+}
 DENSITIES: dict[str, Callable[[int, Generator | None, float, float], Tensor]] = {
     "logit-normal": _logit_normal,
     "uniform": _uniform,

@@ -4,6 +4,7 @@ Shapes: B prompts, T kept tokens of the longest prompt, E width of the language 
 """
 
 import copy
+import inspect
 import sys
 import weakref
 from collections import OrderedDict
@@ -235,8 +236,8 @@ class PromptEncoder:
                 input_ids,
                 attention_mask=F.pad(mask, (shared, 0), value=1),
                 position_ids=torch.arange(shared, shared + input_ids.shape[1], device=device)[None],
-                past_key_values=cache,
                 use_cache=True,
+                **with_cache(model, cache),
             )[0]
             first = prefix.first.expand(len(batch), -1)
         if window.start is None:
@@ -256,12 +257,18 @@ class PromptEncoder:
 
         input_ids, mask = _right_padded([ids], device)
         cache = DynamicCache(config=model.config)
-        hidden = model(input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)[0]
+        hidden = model(input_ids, attention_mask=mask, use_cache=True, **with_cache(model, cache))[0]
         prefix = _Prefix(cache=cache, first=hidden[0, :1].clone())
         self._prefixes[ids] = prefix
         while len(self._prefixes) > _KEPT_PREFIXES:
             self._prefixes.popitem(last=False)
         return prefix
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the argument that hands a key/value cache to a language model; transformers 5.24 gave it a new name."""
+    named = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if named else "past_key_values": cache}
 
 
 def _shared_prefix(batch: list[tuple[int, ...]], head_ids: tuple[int, ...], window: Window) -> int:

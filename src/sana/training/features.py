@@ -11,13 +11,15 @@ import functools
 import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from sana.checkpoints.layout import read_json
 from sana.checkpoints.text_parts import load_text_encoder, load_tokenizer
 from sana.data import cutouts
 from sana.data.cutout_captions import caption
+from sana.engine.control_maps import control_map
 from sana.errors import CheckpointError
 from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
@@ -54,6 +57,8 @@ class Features:
     """[R, E] half precision."""
     starts: Tensor
     lengths: Tensor
+    control: Tensor | None = None
+    """[n, C, h, w] half precision, the encoded control maps of the pictures."""
 
 
 def load_text(folder: Path) -> tuple[Any, Any]:
@@ -77,8 +82,13 @@ def fingerprint(folder: Path, prefix: str = "", *others: str) -> str:
 class FeatureStore:
     """Computes and reads the features of `scenes` drawn scenes below `folder`."""
 
-    def __init__(self, folder: Path, autoencoder: Path, text: Path, scenes: int, captions: int, seed: int) -> None:
-        """Name the store after the encoders, so that features of other weights are never read."""
+    def __init__(
+        self, folder: Path, autoencoder: Path, text: Path, scenes: int, captions: int, seed: int, control: str = ""
+    ) -> None:
+        """Name the store after the encoders, so that features of other weights are never read.
+
+        With `control`, the kind of a control map, the encoded maps of the pictures are computed too.
+        """
         for part in (autoencoder / "config.json", text / "text_encoder" / "config.json"):
             if not part.is_file():
                 raise CheckpointError(
@@ -89,16 +99,22 @@ class FeatureStore:
         words = (text / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
         self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
         self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.', scale)}-{seed}"
+        self.control, self.control_folder = control, folder / f"{control}-{self.latents_folder.name}"
         self.text_folder = folder / f"text-{fingerprint(text, '', words, *COMPLEX_HUMAN_INSTRUCTION)}-{captions}-{seed}"
 
     def compute(self, kind: str = "both") -> Iterator[str]:
-        """Compute what is missing ("latents", "text" or "both"), yielding the path of every shard made here."""
-        wanted = {"text": self.text_folder, "latents": self.latents_folder}
-        for name, folder in wanted.items():
+        """Compute what is missing ("latents", "text", "control" or all as "both"), yielding the path of every shard
+        made here.
+        """
+        wanted = {
+            "text": (self.text_folder, self._text_shard),
+            "latents": (self.latents_folder, self._latent_shard),
+            **({"control": (self.control_folder, self._control_shard)} if self.control else {}),
+        }
+        for name, (folder, make) in wanted.items():
             if kind not in (name, "both"):
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            make = self._text_shard if name == "text" else self._latent_shard
             for shard in range(self.shards):
                 target = folder / f"{shard:05d}.safetensors"
                 if target.exists():
@@ -121,12 +137,24 @@ class FeatureStore:
         latents, labels = [], []
         for start in range(shard * SHARD, (shard + 1) * SHARD, ENCODE_BATCH):
             scenes = [scene_of(self.seed, index) for index in range(start, start + ENCODE_BATCH)]
-            pictures = to_tensor(np.stack([cutouts.render(scene) for scene in scenes]))
-            with torch.autocast("cpu", torch.bfloat16):
-                latent = self._autoencoder.encode(pictures)[0]
-            latents.append((latent.float() * self._autoencoder.config.scaling_factor).half())
+            latents.append(self._encoded([cutouts.render(scene) for scene in scenes]))
             labels += [torch.from_numpy(cell_labels(scene)).to(torch.int8) for scene in scenes]
         return {"latents": torch.cat(latents).contiguous(), "labels": torch.stack(labels)}
+
+    @torch.no_grad()
+    def _control_shard(self, shard: int) -> dict[str, Tensor]:
+        maps = []
+        for start in range(shard * SHARD, (shard + 1) * SHARD, ENCODE_BATCH):
+            pictures = [cutouts.render(scene_of(self.seed, i)) for i in range(start, start + ENCODE_BATCH)]
+            drawn = [np.asarray(control_map(self.control, Image.fromarray(picture))) for picture in pictures]
+            maps.append(self._encoded(drawn))
+        return {"control": torch.cat(maps).contiguous()}
+
+    def _encoded(self, pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Latents [B, C, h, w] of pictures [H, W, 3] in half precision, times the scaling factor."""
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = self._autoencoder.encode(to_tensor(np.stack(pictures)))[0]
+        return (latents.float() * self._autoencoder.config.scaling_factor).half()
 
     @torch.no_grad()
     def _text_shard(self, shard: int) -> dict[str, Tensor]:
@@ -150,7 +178,8 @@ class FeatureStore:
     def read(self) -> Features:
         """Everything in memory; shards that are missing are an error."""
         names = [f"{shard:05d}.safetensors" for shard in range(self.shards)]
-        absent = [n for f in (self.latents_folder, self.text_folder) for n in names if not (f / n).exists()]
+        folders = [self.latents_folder, self.text_folder, *([self.control_folder] if self.control else [])]
+        absent = [n for f in folders for n in names if not (f / n).exists()]
         if absent:
             raise CheckpointError(
                 f"{len(absent)} feature shards are missing, the first is {absent[0]}; compute them first."
@@ -165,4 +194,7 @@ class FeatureStore:
             text=torch.cat([text["text"] for text in texts]),
             starts=starts,
             lengths=lengths,
+            control=torch.cat([load_file(self.control_folder / name)["control"] for name in names])
+            if self.control
+            else None,
         )

@@ -13,7 +13,8 @@ from sana.errors import InvalidInput, did_you_mean
 from sana.training.config import Recipe, RunSettings, build
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
-from sana.training.objectives.flow_matching import FlowMatchingObjective, FlowMatchingSettings
+from sana.training.objectives.flow_matching import FlowMatchingObjective
+from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from sana.checkpoints.text_parts import no_progress_bars
 from sana.data import cutouts
 from sana.data.cutout_captions import Caption, caption
 from sana.data.cutout_shapes import KINDS
+from sana.text.gemma import with_cache
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
 from sana.training.config import RunSettings
 from sana.training.objectives.base import MAIN, trainable
@@ -186,7 +187,8 @@ class LanguageModelObjective:
         from transformers import DynamicCache
 
         batch = texts.ids.shape[0]
-        first = self.module.model(input_ids=self._prefix, use_cache=True).past_key_values
+        first = DynamicCache(config=self.module.model.config)
+        self.module.model(input_ids=self._prefix, use_cache=True, **with_cache(self.module.model, first))
         shared: Any = DynamicCache(
             ddp_cache_data=[
                 (layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1)) for layer in first.layers
@@ -196,7 +198,11 @@ class LanguageModelObjective:
         mask = torch.cat([texts.mask.new_ones(batch, length), texts.mask], dim=1)
         positions = torch.arange(length, length + texts.ids.shape[1], device=self.device)[None].expand(batch, -1)
         continued: Tensor = self.module.model(
-            input_ids=texts.ids, attention_mask=mask, position_ids=positions, past_key_values=shared, use_cache=True
+            input_ids=texts.ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **with_cache(self.module.model, shared),
         )[0]
         return continued
 

@@ -1,0 +1,188 @@
+"""The `[flow_matching]` table of a recipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sana.errors import InvalidInput, did_you_mean
+from sana.flow.density import DENSITIES, WEIGHTINGS
+from sana.training.config import build
+from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The `[flow_matching.data]` table: pictures with captions."""
+
+    path: str
+    """Folder of pictures, `.tar`, or folder of tars."""
+    size: int = 0
+    """Side of the square whose area a picture is brought to, in its own aspect ratio; 0 is the model's."""
+    square: bool = False
+    """Cut every picture to a square, instead of the published aspect ratios."""
+    features: str = ""
+    """Folder for the encoded pictures and texts, computed before the first step; empty keeps them in memory."""
+    held_out: int = 0
+    """Samples kept apart for the held-out figures; 0 looks at some that are trained on."""
+    small: str = "refuse"
+    """What becomes of pictures smaller than their bucket: refuse, skip or upscale."""
+    caption: str = ""
+    """Caption of pictures that have none of their own (DreamBooth's instance prompt)."""
+    trigger: str = ""
+    """Word put before every caption, or in the place of `[trigger]`."""
+    mode: str = "auto"
+    """How one of several captions is chosen: score, weight, first, or auto (by score where there are scores)."""
+    threshold: float = 25.0
+    """CLIP score below which a caption is not drawn while there are better ones."""
+    temperature: float = 0.1
+    """Of the choice by score: probability in proportion to score^(1 / temperature)."""
+    least_best: float = 0.0
+    """Pictures whose best caption scores lower are left out."""
+    controls: str = ""
+    """Folder of control pictures named like the pictures, for control kind map."""
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist."""
+        if self.small not in ("refuse", "skip", "upscale"):
+            raise InvalidInput(f"flow_matching.data.small is refuse, skip or upscale, but not '{self.small}'.")
+        if self.held_out < 0 or self.size < 0:
+            raise InvalidInput("flow_matching.data.held_out and .size must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings:
+    """The `[flow_matching.prior]` table: what the model must not forget (DreamBooth, arXiv 2208.12242)."""
+
+    prompt: str
+    """What the class is called, such as "a photo of a dog"."""
+    folder: str
+    """Where its pictures lie, relative to the recipe; those that are missing are drawn by the model as it was."""
+    count: int = 100
+    weight: float = 1.0
+    steps: int = 20
+    guidance: float = 4.5
+
+    def __post_init__(self) -> None:
+        """Refuse counts and weights that cannot be."""
+        if self.count < 1 or self.steps < 1:
+            raise InvalidInput("flow_matching.prior.count and .steps must be at least 1.")
+        if not self.weight > 0:
+            raise InvalidInput(f"flow_matching.prior.weight must be positive, but is {self.weight}; omit the table.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingSettings:
+    """What is trained on what."""
+
+    start: str = ""
+    """Model to start from: short name, folder, hub id or file; empty starts from nothing, in the drawn world."""
+    train: str = "full"
+    """full (all weights), lora (adapters beside them) or controlnet (a branch in front of them)."""
+    fresh: bool = False
+    """Draw the weights of the transformer anew and take only the encoders of `start`."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TransformerConfig`; beside `start`, those that differ from it."""
+    base_dtype: str = "float32"
+    """float32 or bfloat16: how a frozen transformer is held."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """See `DataSettings`; empty is the drawn world."""
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, Any] = field(default_factory=dict)
+    prior: Mapping[str, Any] = field(default_factory=dict)
+    autoencoder: str = ""
+    """Folder of the autoencoder that makes the latents; relative to the run's folder, like the next two."""
+    text: str = ""
+    """Folder that holds `text_encoder` and `tokenizer`."""
+    features: str = ""
+    """Folder of the drawn world's features; what is missing there is computed first."""
+    scenes: int = 49152
+    captions: int = 3
+    dropout: float = 0.1
+    """Share of the samples that see the unconditional text."""
+    shift: float = 0.0
+    """Flow shift of the noise levels; 0 is the model's own, and 1 from nothing."""
+    density: str = "logit-normal"
+    """How levels are drawn: logit-normal or uniform."""
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    weighting: str = "none"
+    """Weight of a level in the loss: none, min-snr, sigma-sqrt or cosmap."""
+    snr_gamma: float = 5.0
+    """The gamma of min-snr."""
+    label_weight: float = 0.1
+    label_block: int = 4
+    prompts: tuple[str, ...] = ()
+    """What previews show; empty takes captions of the data."""
+    preview_guidance: float = 3.0
+    card: str = ""
+    """Name of the card that the exported pipeline shall carry."""
+    caption_gain: float = 0.1
+    """First weight of the caption norm, from nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist and settings that would have no effect."""
+        for name, choices in (("train", TRAINABLES), ("density", DENSITIES), ("weighting", WEIGHTINGS)):
+            given = getattr(self, name)
+            if given not in choices:
+                told = f"flow_matching.{name} is '{given}'.{did_you_mean(given, choices)}"
+                raise InvalidInput(f"{told} Choose one of: {', '.join(choices)}.")
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise InvalidInput(f"flow_matching.base_dtype is float32 or bfloat16, but not '{self.base_dtype}'.")
+        if not 0 <= self.dropout < 1:
+            raise InvalidInput(f"flow_matching.dropout must lie in [0, 1), but is {self.dropout}.")
+        if self.shift < 0:
+            raise InvalidInput(f"flow_matching.shift must be positive, or 0 for the model's own, but is {self.shift}.")
+        if self.snr_gamma != 5.0 and self.weighting != "min-snr":
+            raise InvalidInput('flow_matching.snr_gamma acts only with weighting = "min-snr".')
+        for table, owner in (("lora", "lora"), ("control", "controlnet")):
+            if getattr(self, table) and self.train != owner:
+                raise InvalidInput(f'[flow_matching.{table}] acts only with train = "{owner}"; it is "{self.train}".')
+        self._check_start() if self.start else self._check_scratch()
+
+    def _check_start(self) -> None:
+        unused = [name for name in ("autoencoder", "text") if getattr(self, name)]
+        if unused:
+            raise InvalidInput(f"flow_matching.{unused[0]} has no effect beside start, which brings its encoders.")
+        if self.fresh and self.train != "full":
+            raise InvalidInput('flow_matching.fresh draws all weights anew, which needs train = "full".')
+        if self.data and self.features:
+            raise InvalidInput("flow_matching.features is of the drawn world; write [flow_matching.data] features.")
+        if self.prior and not self.data:
+            raise InvalidInput("[flow_matching.prior] needs pictures to learn from: add [flow_matching.data].")
+        if self.base_dtype != "float32" and self.train == "full":
+            raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
+        tables = {name: table(kind, self, name) for name, kind in TABLES.items()}
+        controls = bool(tables["data"] and tables["data"].controls)
+        is_map = self.train == "controlnet" and tables["control"] is not None and tables["control"].kind == "map"
+        if controls != is_map:
+            raise InvalidInput('flow_matching.data.controls goes with [flow_matching.control] kind = "map".')
+        if tables["prior"] and not (tables["data"] and tables["data"].square):
+            raise InvalidInput("[flow_matching.prior] needs [flow_matching.data] square = true: one size for both.")
+
+    def _check_scratch(self) -> None:
+        if self.train != "full":
+            raise InvalidInput(f'flow_matching.train = "{self.train}" needs a model to start from: set start.')
+        unused = [name for name in ("data", "prior", "fresh") if getattr(self, name)]
+        if unused:
+            told = "needs the encoders of a model: set start"
+            raise InvalidInput(f"flow_matching.{unused[0]} {told}, with fresh = true to draw the transformer anew.")
+        missing = [name for name in ("autoencoder", "text", "features") if not getattr(self, name)]
+        if missing:
+            raise InvalidInput(f"flow_matching lacks {', '.join(missing)}; add it, or a model to start from (start).")
+
+
+def table(kind: type[T], settings: FlowMatchingSettings, name: str) -> T | None:
+    """Return a table inside `[flow_matching]`, or None where it is absent."""
+    given = getattr(settings, name)
+    return build(kind, given, f"flow_matching.{name}") if given else None
+
+
+TABLES: dict[str, type[Any]] = {
+    "data": DataSettings,
+    "lora": LoraSettings,
+    "control": ControlSettings,
+    "prior": PriorSettings,
+}
+"""Tables inside `[flow_matching]`."""

@@ -1,0 +1,245 @@
+"""Where a flow-matching run comes from: from nothing in the drawn world, or from a model, on any data.
+
+An origin gives the batches, the noise shift, the encoders for previews, and writes what was trained.
+"""
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.controlnet import SanaControlNetModel
+from sana.checkpoints.folder import save_parts
+from sana.checkpoints.layout import read_json
+from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.engine.parts import CARD_KEY
+from sana.errors import InvalidInput
+from sana.flow.schedulers import DPMSolverMultistepScheduler
+from sana.text.gemma import PromptEncoder
+from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
+from sana.training import exports
+from sana.training.batches import Batch, Batches, collated
+from sana.training.config import RunSettings, build
+from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
+from sana.training.dataset_features import Encoders
+from sana.training.drawn_batches import DrawnBatches
+from sana.training.features import FeatureStore, load_text
+from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, PriorSettings, table
+from sana.training.priors import draw_missing
+from sana.training.starting import StartModel
+from sana.training.trainables import (
+    ControlSettings,
+    ControlTrainable,
+    FullTrainable,
+    LoraSettings,
+    LoraTrainable,
+    Trainable,
+)
+
+DRAWN_PROMPTS = (
+    "a red fish above a yellow boat", "three blue hearts", "一只紫色的猫在一棵绿色的树的左边", "🟠🌙 ⬆️ 🟤🏠",
+    "a pink flower and a blue star", "four green mushrooms", "a photo of a yellow sun",
+    "a brown cat, a red umbrella and a blue house",
+)  # fmt: skip
+
+
+class Origin(Protocol):
+    """See the module."""
+
+    batches: Batches
+    shift: float
+    prompts: tuple[str, ...]
+
+    def preview_batch(self) -> Batch | None:
+        """The preview prompts with latents of the right shape (their values do not count), or None without prompts."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] of latents as batches hold them."""
+        ...
+
+    def write(self, trainable: Trainable, folder: Path) -> None:
+        """Write what was trained, as the loaders read it."""
+        ...
+
+
+class ScratchOrigin:
+    """The drawn world with the encoders of former stages."""
+
+    def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
+        """Compute the missing features and read them all."""
+        self.settings, self.device = settings, device
+        self.store = FeatureStore(
+            Path(settings.features),
+            Path(settings.autoencoder),
+            Path(settings.text),
+            settings.scenes,
+            settings.captions,
+            run.seed,
+        )
+        self.batches: Batches = DrawnBatches(
+            self.store, batch_size=run.batch_size, seed=run.seed, dropout=settings.dropout, device=device
+        )
+        self.shift = settings.shift or 1.0
+        self.prompts = settings.prompts or DRAWN_PROMPTS
+
+    @functools.cached_property
+    def _autoencoder(self) -> AutoencoderDC:
+        return AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float32).to(self.device)
+
+    def preview_batch(self) -> Batch:
+        """See `Origin`."""
+        encoded = PromptEncoder(*load_text(self.store.text)).encode(self.prompts, COMPLEX_HUMAN_INSTRUCTION)
+        like = next(iter(self.batches.held_out())).latents[:1].expand(len(self.prompts), -1, -1, -1)
+        return Batch(latents=like, embeds=encoded.embeds.to(self.device), mask=encoded.mask.to(self.device))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Origin`."""
+        return decoded(self._autoencoder, latents)
+
+    def write(self, trainable: Trainable, folder: Path) -> None:
+        """Write a whole pipeline in half precision: the transformer with the encoders it was trained under."""
+        finished = SanaTransformer2DModel.from_config(trainable.transformer.config)
+        finished.load_state_dict(trainable.transformer.state_dict())
+        tokenizer, text_encoder = load_text(self.store.text)
+        parts = {
+            "scheduler": DPMSolverMultistepScheduler(flow_shift=self.shift),
+            "text_encoder": text_encoder.half(),
+            "tokenizer": tokenizer,
+            "transformer": finished.half(),
+            "vae": AutoencoderDC.from_pretrained(self.store.autoencoder, torch_dtype=torch.float16),
+        }
+        card = self.settings.card
+        save_parts(folder, parts, notes={CARD_KEY: card} if card else None)
+        # The library adds facts of this machine to the file; the one that was trained with says all.
+        shutil.copy(self.store.text / "tokenizer" / "tokenizer_config.json", folder / "tokenizer")
+
+
+class ModelOrigin:
+    """A model, its encoders, and pictures with captions or the drawn world."""
+
+    def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
+        """Open the data and load the transformer; features that the settings name are computed first.
+
+        Raises:
+            ModelNotFound, CheckpointError: the model is not to be had, or broken.
+            InvalidInput: the settings do not fit the model or the data.
+        """
+        self.settings, self.run, self.device = settings, run, device
+        self.start = StartModel(settings.start, device)
+        self.control = build(ControlSettings, settings.control, "flow_matching.control")
+        self.shift = settings.shift or self.start.flow_shift
+        self.encoders = Encoders(self.start)
+        self.batches: Batches = self._dataset() if settings.data else self._drawn()
+        shown = self.batches.first_captions(4) if isinstance(self.batches, DatasetBatches) else DRAWN_PROMPTS
+        self.prompts = settings.prompts or shown
+
+    def _dataset(self) -> Batches:
+        settings = self.settings
+        data = build(DataSettings, settings.data, "flow_matching.data")
+        side = data.size or self._side()
+        control = Control(kind=self.control.kind, dropout=self.control.dropout)
+        options: dict[str, Any] = {"batch_size": self.run.batch_size, "seed": self.run.seed, "side": side}
+        options |= {"dropout": settings.dropout, "device": self.device}
+        options["control"] = control if settings.train == "controlnet" else None
+        batches = DatasetBatches(data, self.encoders, **options)
+        prior = table(PriorSettings, settings, "prior")
+        if prior is None:
+            return batches
+        draw_missing(self.start, prior, side, self.run.seed)
+        known = DataSettings(path=prior.folder, square=True, caption=prior.prompt, features=data.features)
+        return PriorBatches(batches, DatasetBatches(known, self.encoders, **options), prior.weight)
+
+    def _side(self) -> int:
+        """The model's own size in pixels."""
+        card = self.start.card
+        if card is not None:
+            return card.base_size
+        config = read_json(self.start.folder / "transformer" / "config.json")
+        return int(config.get("sample_size", 32)) * 32
+
+    def _drawn(self) -> DrawnBatches:
+        settings, folder = self.settings, self.start.folder
+        if not settings.features:
+            raise InvalidInput(
+                "The drawn world needs a folder for its features: set flow_matching.features; or name pictures in"
+                " [flow_matching.data]."
+            )
+        store = FeatureStore(
+            Path(settings.features),
+            folder / "vae",
+            folder,
+            settings.scenes,
+            settings.captions,
+            self.run.seed,
+            self.control.kind if settings.train == "controlnet" else "",
+        )
+        return DrawnBatches(
+            store,
+            batch_size=self.run.batch_size,
+            seed=self.run.seed,
+            dropout=settings.dropout,
+            device=self.device,
+            control_dropout=self.control.dropout,
+        )
+
+    def trainable(self) -> Trainable:
+        """Load the transformer and make of it what learns."""
+        settings = self.settings
+        dtype = torch.bfloat16 if settings.base_dtype == "bfloat16" else torch.float32
+        transformer = self.start.transformer(dtype, dict(settings.model))
+        if settings.train == "lora":
+            return LoraTrainable(transformer, build(LoraSettings, settings.lora, "flow_matching.lora"), self.run.seed)
+        if settings.train == "controlnet":
+            return ControlTrainable(transformer, self._branch(transformer), self.control.wiring)
+        if settings.fresh:
+            generator = torch.Generator(self.device).manual_seed(self.run.seed)
+            transformer.init_weights(generator, caption_norm_scale=settings.caption_gain, zero_output=True)
+        return FullTrainable(transformer)
+
+    def _branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+        if self.control.start:
+            begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
+            return begun.to(self.device)
+        return SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
+
+    def preview_batch(self) -> Batch | None:
+        """See `Origin`; under a control branch, with the controls of held-out samples."""
+        rows = [self.encoders.text(prompt) for prompt in self.prompts]
+        if not rows:
+            return None
+        embeds, mask = collated(rows)
+        like = next(iter(self.batches.held_out()))
+        which = torch.arange(len(rows)) % len(like.latents)
+        return Batch(
+            latents=like.latents[which],
+            embeds=embeds.to(self.device),
+            mask=mask.to(self.device),
+            control=None if like.control is None else like.control[which],
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Origin`."""
+        return decoded(self.start.autoencoder, latents)
+
+    def write(self, trainable: Trainable, folder: Path) -> None:
+        """Write what was trained, with a model card."""
+        settings, run = self.settings, self.run
+        facts = {
+            "trained": settings.train,
+            "steps": str(run.steps),
+            "batch size": str(run.batch_size * run.accumulate),
+            "data": str(settings.data.get("path", "the drawn world")),
+            "flow shift": f"{self.shift:g}",
+        }
+        exports.write(trainable, settings.start, self.start.card, facts, folder, settings.card)
+
+
+def decoded(autoencoder: AutoencoderDC, latents: Tensor) -> Tensor:
+    """Return pictures [B, 3, H, W] of scaled latents."""
+    pictures: Tensor = autoencoder.decode(latents / autoencoder.config.scaling_factor)[0]
+    return pictures

@@ -1,0 +1,106 @@
+"""The model that a training starts from: its transformer, and its encoders only when something must be encoded."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sana.cards import Card
+from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.folder import COMPONENTS
+from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.engine.parts import Parts, load
+from sana.errors import CheckpointError, InvalidInput
+from sana.text.gemma import PromptEncoder
+
+NEW_TENSORS = ("norm_q.weight", "norm_k.weight")
+"""Last parts of the names of tensors that a changed configuration may add; they start at 1 and change nothing much."""
+
+
+class StartModel:
+    """A model by short name, folder, hub id or file."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Nothing is loaded yet."""
+        self.name, self.device = name, device
+
+    def parts(self, *names: str, dtype: Any) -> Parts:
+        """Load these parts alone."""
+        absent: dict[str, Any] = {name: None for name in COMPONENTS if name not in (*names, "scheduler")}
+        return load(self.name, device=self.device, dtype=dtype, **absent)
+
+    @functools.cached_property
+    def card(self) -> Card | None:
+        """The card of a known model."""
+        return self._bare.card
+
+    @functools.cached_property
+    def flow_shift(self) -> float:
+        """The shift of its noise levels."""
+        return self._bare.flow_shift
+
+    @functools.cached_property
+    def _bare(self) -> Parts:
+        return self.parts(dtype="card")
+
+    def transformer(self, dtype: torch.dtype, changes: dict[str, Any]) -> SanaTransformer2DModel:
+        """Load the transformer, with `changes` laid over its configuration.
+
+        Errors: InvalidInput for changes that the weights do not fit.
+        """
+        loaded: Any = self.parts("transformer", dtype={"transformer": dtype}).transformer
+        if not changes:
+            trained: SanaTransformer2DModel = loaded.train()
+            return trained
+        changed = SanaTransformer2DModel.from_config({**loaded.config.to_dict(), **changes})
+        state, wanted = loaded.state_dict(), changed.state_dict()
+        for name, tensor in wanted.items():
+            if name not in state and name.endswith(NEW_TENSORS):
+                state[name] = torch.ones_like(tensor)
+        unfit = [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape]
+        unfit += [n for n in state if n not in wanted]
+        if unfit:
+            told = ", ".join(f"{key} = {value!r}" for key, value in changes.items())
+            raise InvalidInput(
+                f"flow_matching.model ({told}) does not fit the weights of {self.name}: {unfit[0]} differs. Change only"
+                " sample_size, interpolation_scale, timestep_scale or qk_norm, or set fresh = true."
+            )
+        changed.load_state_dict(state)
+        return changed.to(self.device, dtype).train()
+
+    @functools.cached_property
+    def autoencoder(self) -> AutoencoderDC:
+        """The autoencoder in float32, frozen."""
+        vae: Any = self.parts("vae", dtype={"vae": torch.float32}).vae
+        if vae is None:
+            raise CheckpointError(f"{self.name} has no autoencoder; start from a whole model.")
+        return vae.requires_grad_(False)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def prompts(self) -> PromptEncoder:
+        """The text encoder; one prompt at a time, so that a text has the same bits in every company."""
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        parts = self.parts("text_encoder", "tokenizer", dtype={"text_encoder": dtype})
+        if parts.text_encoder is None or parts.tokenizer is None:
+            raise CheckpointError(f"{self.name} has no text encoder; start from a whole model.")
+        parts.text_encoder.requires_grad_(False)
+        return PromptEncoder(parts.tokenizer, parts.text_encoder, max_batch=1)
+
+    def release(self) -> None:
+        """Free the encoders; they come back when they are asked for."""
+        for name in ("autoencoder", "prompts"):
+            self.__dict__.pop(name, None)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the model.
+
+        Errors: InvalidInput for a single file.
+        """
+        from sana.checkpoints.hub import locate
+
+        located = locate(self.name)
+        if located.file is not None:
+            raise InvalidInput(f"{self.name} is a single file; convert it first: sana convert {self.name} FOLDER.")
+        return located.folder

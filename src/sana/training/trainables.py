@@ -1,0 +1,240 @@
+"""What of a transformer learns: all of it, low-rank adapters beside it, or a control branch in front of it.
+
+A trainable holds in `module` exactly what is optimised, averaged and saved; a frozen transformer stays outside, so
+that states are as small as what they are about.
+
+Shapes: B batch, C latent channels, h w latent size, T text length, E text width.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sana.checkpoints.controlnet import SanaControlNetModel
+from sana.errors import InvalidInput, did_you_mean
+from sana.models.linear_dit import LinearDiT
+from sana.models.lora import LowRank, Target, attach, check_supported, row_lengths, targets
+from sana.training.batches import Batch
+
+Wiring = Literal["diffusers", "native"]
+
+
+class Trainable(Protocol):
+    """One way to train a transformer."""
+
+    transformer: LinearDiT
+    module: nn.Module
+
+    def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
+        """Velocity [B, C, h, w] of noisy latents at `timesteps` [B], as the transformer is told them."""
+        ...
+
+
+@contextlib.contextmanager
+def _attention(device: torch.device) -> Iterator[None]:
+    # On CPUs the fused kernel's backward pass is the slowest part of the network; the plain formula is not.
+    with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
+        yield
+
+
+class FullTrainable:
+    """All weights of the transformer."""
+
+    def __init__(self, transformer: LinearDiT, module: nn.Module | None = None) -> None:
+        """Train `transformer`; `module` is what holds it beside other things that learn."""
+        self.transformer = transformer.requires_grad_(True)
+        self.module = module if module is not None else transformer
+
+    def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
+        """See `Trainable`."""
+        with _attention(x.device):
+            out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The `[flow_matching.lora]` table of a recipe."""
+
+    rank: int = 4
+    alpha: float = 0.0
+    """Numerator of the factor alpha / rank; 0 is the rank, for a factor of 1."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v")
+    """Last parts of the names of the layers that get an adapter, in self- and cross-attention; also `to_out.0`,
+    `conv_inverted`, `conv_point` and whole names."""
+    dora: bool = False
+    """Learn the length of the rows apart from their direction (DoRA, arXiv 2402.09353)."""
+    rank_stabilised: bool = False
+    """Divide by the root of the rank (arXiv 2312.03732)."""
+    dialects: tuple[str, ...] = ("peft",)
+    """Forms of the exported file: peft, kohya, comfyui."""
+    trigger: str = ""
+    """Word that calls what was learnt, written into the file for other programs to show."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be learnt."""
+        if not 1 <= self.rank <= 4096:
+            raise InvalidInput(f"flow_matching.lora.rank must lie between 1 and 4096, but is {self.rank}.")
+        if self.alpha < 0:
+            raise InvalidInput(f"flow_matching.lora.alpha must not be negative, but is {self.alpha}.")
+        if not self.targets:
+            raise InvalidInput("flow_matching.lora.targets is empty, so nothing would learn; name some layers.")
+        for name in self.dialects:
+            if name not in ("peft", "kohya", "comfyui"):
+                raise InvalidInput(f"flow_matching.lora.dialects knows peft, kohya and comfyui, but not '{name}'.")
+
+
+class LoraTrainable:
+    """Low-rank adapters beside a frozen transformer; at the start they change nothing.
+
+    Source: arXiv 2106.09685; the projection down starts Gaussian with standard deviation 1 / rank, that up at zero.
+    """
+
+    def __init__(self, transformer: LinearDiT, settings: LoraSettings, seed: int) -> None:
+        """Attach adapters to the named layers of `transformer`, which is frozen.
+
+        Raises:
+            InvalidInput: a name fits no layer, or one that adapters make no sense for.
+        """
+        self.transformer, self.settings = transformer.requires_grad_(False), settings
+        generator = torch.Generator().manual_seed(seed)
+        device = next(transformer.parameters()).device
+        self.updates = {
+            name: _fresh(transformer.get_submodule(name), target, settings, generator, device)
+            for name, target in chosen_layers(transformer, settings.targets).items()
+        }
+        attach(transformer, {name: [(update, 1.0)] for name, update in self.updates.items()})
+        self.module = nn.Module()
+        for name, update in self.updates.items():
+            for kind, tensor in update.tensors.items():
+                self.module.register_parameter(f"{name}.{kind}".replace(".", "/"), tensor)  # type: ignore[arg-type]
+
+    def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
+        """See `Trainable`."""
+        with _attention(x.device):
+            out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
+        return out
+
+    @contextlib.contextmanager
+    def absent(self) -> Iterator[None]:
+        """The transformer without the adapters, for the length of a `with` block."""
+        attach(self.transformer, {})
+        try:
+            yield
+        finally:
+            attach(self.transformer, {name: [(update, 1.0)] for name, update in self.updates.items()})
+
+
+def chosen_layers(transformer: nn.Module, endings: tuple[str, ...]) -> dict[str, Target]:
+    """Return the layers inside the blocks whose names end with one of `endings`, or are one.
+
+    Errors: InvalidInput for an ending that fits no layer, and for a layer that cannot have an adapter.
+    """
+    known = targets(transformer)
+    found: dict[str, Target] = {}
+    for ending in endings:
+        fitting = {name: one for name, one in known.items() if name == ending or name.endswith(f".{ending}")}
+        if not fitting:
+            tails = sorted({name.split(".", 2)[-1].split(".", 1)[-1] for name in known if "blocks" in name})
+            raise InvalidInput(
+                f"No layer is called '{ending}'.{did_you_mean(ending, tails)} There are: {', '.join(tails)}."
+            )
+        for name, target in fitting.items():
+            check_supported(name, target)
+        found |= fitting
+    return dict(sorted(found.items()))
+
+
+def _fresh(
+    layer: Any, target: Target, settings: LoraSettings, generator: torch.Generator, device: torch.device
+) -> LowRank:
+    down = torch.randn((settings.rank, *target.down_shape[1:]), generator=generator) / settings.rank
+    magnitude = None
+    if settings.dora:
+        magnitude = nn.Parameter(row_lengths(layer.weight.detach().float()))
+    return LowRank(
+        down=nn.Parameter(down.to(device)),
+        up=nn.Parameter(torch.zeros(target.outputs, settings.rank, device=device)),
+        alpha=settings.alpha or settings.rank,
+        rank_stabilised=settings.rank_stabilised,
+        magnitude=magnitude,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """The `[flow_matching.control]` table of a recipe."""
+
+    kind: str = "canny"
+    """What control pictures show: canny, scribble, soft-edge, hed or depth; or map, where the data bring their own."""
+    blocks: int = 7
+    """How many of the transformer's first blocks are copied."""
+    wiring: Wiring = "diffusers"
+    """How branch and transformer are joined: as in diffusers, or as in the original code (native)."""
+    dropout: float = 0.1
+    """Share of the samples whose control picture is empty."""
+    start: str = ""
+    """Folder of a control network to go on from."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        if self.wiring not in ("diffusers", "native"):
+            raise InvalidInput(f"flow_matching.control.wiring is diffusers or native, but not '{self.wiring}'.")
+        if self.blocks < 1:
+            raise InvalidInput(f"flow_matching.control.blocks must be at least 1, but is {self.blocks}.")
+        if not 0 <= self.dropout < 1:
+            raise InvalidInput(f"flow_matching.control.dropout must lie in [0, 1), but is {self.dropout}.")
+
+
+class ControlTrainable:
+    """A control branch, a copy of the first blocks, in front of a frozen transformer; at the start it changes nothing.
+
+    Source: ControlNet (Zhang et al. 2023, section 3); the embeddings of time, text and patches are those of the frozen
+    transformer, only the blocks and the projections learn.
+    """
+
+    def __init__(self, transformer: LinearDiT, network: SanaControlNetModel, wiring: Wiring) -> None:
+        """Train the blocks of `network` in front of `transformer`, which is frozen."""
+        if len(network.transformer_blocks) >= len(transformer.transformer_blocks):
+            raise InvalidInput(
+                f"flow_matching.control.blocks is {len(network.transformer_blocks)}, but the transformer has only"
+                f" {len(transformer.transformer_blocks)} blocks; copy fewer than that."
+            )
+        self.transformer, self.wiring = transformer.requires_grad_(False), wiring
+        self.network = network.requires_grad_(False)
+        self.module: nn.Module = network
+        for part in (network.transformer_blocks, network.input_block, network.controlnet_blocks):
+            part.requires_grad_(True)
+
+    def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
+        """See `Trainable`."""
+        assert batch.control is not None
+        network, base = self.network, self.transformer
+        native = self.wiring == "native"
+        with _attention(x.device):
+            kv = network.cross_attention_kv(network.encode_caption(batch.embeds))
+            condition = network.condition(batch.control, positions=not native)
+            # In diffusers' wiring the branch is told the plain time, without the factor of the transformer.
+            told = timesteps if native else timesteps / base.config.timestep_scale
+            modulation, grid = network.modulation(told), network.grid(x)
+
+            def residuals(tokens: Tensor) -> tuple[Tensor, ...]:
+                return network.residuals(tokens + condition, grid, modulation, kv, batch.mask)
+
+            own = base.cross_attention_kv(base.encode_caption(batch.embeds))
+            joined: dict[str, Any] = (
+                {"branch": residuals} if native else {"controlnet_block_samples": residuals(network.embed(x))}
+            )
+            return base.denoise(x, base.modulation(timesteps), own, batch.mask, **joined)
+
+
+TRAINABLES: dict[str, Callable[..., Trainable]] = {
+    "full": FullTrainable,
+    "lora": LoraTrainable,
+    "controlnet": ControlTrainable,
+}
