@@ -51,13 +51,14 @@ def _as_autocast(x: Tensor) -> Tensor:
 
 def _by_head(x_BNAK: Tensor) -> Tensor:
     # One pass converts and reorders; the batched products would otherwise copy again. Always a new tensor.
-    return x_BNAK.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    wide = torch.promote_types(x_BNAK.dtype, torch.float32)
+    return x_BNAK.transpose(1, 2).to(wide, memory_format=torch.contiguous_format, copy=True)
 
 
 def linear_attention(q_BNAK: Tensor, k_BNAK: Tensor, v_BNAK: Tensor) -> Tensor:
     """ReLU linear attention in float32: out_n = q_n (sum_m k_m v_m) / (q_n sum_m k_m + eps), all [B, N, A, K].
 
-    Half precision cannot hold the sums, so neither the caller's dtype nor autocast reaches inside.
+    Float64 stays. Half precision cannot hold the sums, so neither the caller's dtype nor autocast reaches inside.
     Source: arXiv 2410.10629, eq. 2 and 3.
     """
     with _no_autocast(q_BNAK.device.type):
