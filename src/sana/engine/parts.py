@@ -19,6 +19,7 @@ from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.layout import MODEL_INDEX, read_json
 from sana.checkpoints.original.loading import base_folder, load_single_file
 from sana.engine.adapters import Adapters
+from sana.engine.angles import Angles, angles_in
 from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint
 from sana.engine.placement import WEIGHTED, Placement, modules_of, offload, pick_device, spread
@@ -63,6 +64,8 @@ class Parts:
     """What the model is called in messages and metadata; never a path."""
     commit: str | None = None
     """Commit of the hub repository that the files came from."""
+    angles: Angles = field(default_factory=dict)
+    """Angles that come with a SANA-Sprint model, by number of steps; mostly none."""
     _placing: _Placing = field(default_factory=_Placing, init=False, repr=False)
     _prompts: PromptEncoder | None = field(default=None, init=False, repr=False)
 
@@ -294,6 +297,7 @@ def load(
             card=fitting(card, loaded["transformer"]),
             name=_name(located, str(model), card),
             commit=located.commit,
+            angles=angles_in(located.folder),
         )
 
     return read(places) if memory is None else sparing(read, memory, max_memory, places)
