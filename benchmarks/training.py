@@ -114,7 +114,7 @@ def names() -> list[str]:
 def rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], count: int) -> str:
     """Return the table: each of ours against the reference's of the same kind."""
     lines = [
-        "| step | pictures per CPU s | CPU s, median (min - max) | against diffusers | peak of the process | of theirs |"
+        "| step | pictures per CPU s | CPU s, median (min - max) | against diffusers | peak of process | of theirs |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name, timing in timings.items():

@@ -19,6 +19,8 @@ from sana.training.objectives.base import Objective
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
+from sana.training.objectives.sprint.objective import SprintObjective
+from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.players import use_checkpointing
 from sana.training.processes import device_of
 
@@ -94,4 +96,5 @@ OBJECTIVES: dict[str, Kind] = {
     "autoencoder": Kind(AutoencoderSettings, AutoencoderObjective, ("start",)),
     "language_model": Kind(LanguageModelSettings, LanguageModelObjective),
     "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective, ("autoencoder", "text", "features")),
+    "sprint": Kind(SprintSettings, SprintObjective, ("features",)),
 }
