@@ -29,7 +29,8 @@ def make(folder: Path) -> None:
     for number in range(PICTURES):
         rng = random.Random(f"{SEED}/{number}")
         scene = cutouts.sample_scene(rng)
-        said = list(dict.fromkeys(caption(scene, rng).text for _ in range(3)))
+        said = list(dict.fromkeys(caption(scene, rng).text for _ in range(6)))
+        said = sorted(said, key=lambda text: not text.isascii())[:3]  # plain English first, where there is some
         name = f"{number:02d}"
         image = Image.fromarray(cutouts.render(scene)).quantize(64, dither=Image.Dither.NONE)
         image.save(pictures / f"{name}.png", optimize=True)

@@ -273,3 +273,10 @@ def test_a_control_network_of_ones_own_changes_the_picture(draw: Sana, branch: P
     assert record["request"]["controls"][0]["image"]["name"] == "edges.png"
     assert "no effect without --control" in draw("a fox", *other).err
     assert draw("a fox", "-s", "2", "--control", "map", "edges.png").code == 2
+
+
+def test_an_outpaint_of_nothing_is_refused(sana: Sana, no_loading: None) -> None:
+    Image.new("RGB", (256, 256)).save("grey.png")
+    said = sana("edit", "grey.png", "a boat", "--outpaint", "right=0")
+    assert said.code == 2
+    assert said.err == "sana: --outpaint of 0 pixels on every side adds nothing. Give more, or drop it.\n"

@@ -1,20 +1,26 @@
-"""`sana info`."""
+"""`sana info`: pictures, and the files and folders of models."""
 
 import json
+import pickle
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from command import Sana
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from sana import Request
+from sana.apps.cli.known import millions
 from sana.apps.cli.order import parse
 from sana.apps.cli.verbs.info import command
 from sana.cards import CARDS
 from sana.engine.images import save_png
 from sana.engine.request import Result
+from tiny_lora import random_lora
 
 
 def picture(path: str, **changes: object) -> Request:
@@ -129,3 +135,81 @@ def test_the_command_names_the_precision_where_all_parts_had_the_same(
 def test_the_way_back_has_the_precision_and_no_guidance_that_is_refused() -> None:
     line = command(Request(prompt="a fox", guidance=0.5), "nano", "bfloat16")
     assert line == "sana 'a fox' --dtype bfloat16 --guidance 1.0"
+
+
+def test_what_a_model_is(sana: Sana, tiny_folder: Path, tiny_parts: Any) -> None:
+    count = sum(weight.numel() for weight in tiny_parts.transformer.parameters())
+    shape = "2 blocks of width 32, latents of 8"
+    said = sana("info", str(tiny_folder))
+    assert said.code == 0, said.err
+    assert "the folder of a model" in said.out
+    assert f"transformer   {shape}; {millions(count)} parameters, float32" in said.out
+    assert "text_encoder  2 layers of width 32;" in said.out
+    assert f"sana PROMPT -m {tiny_folder}" in said.out
+    part = sana("info", str(tiny_folder / "vae"))
+    assert "the folder of one part" in part.out
+    assert "32 times smaller, 4 channels" in part.out
+    weights = sana("info", str(tiny_folder / "transformer" / "diffusion_pytorch_model.safetensors"))
+    assert "a transformer in the layout of a model folder, which keeps its config.json beside it" in weights.out
+    assert sana("convert", str(tiny_folder), "o.safetensors").code == 0
+    torch.save({"state_dict": load_file("o.safetensors")}, "o.pth")
+    for name, stored in (("o.safetensors", "safetensors"), ("o.pth", "a pickle")):
+        said = sana("info", name, "--json")
+        (told,) = json.loads(said.out)["models"]
+        assert told["kind"] == "original"
+        assert told["told"]["stored"].startswith(stored)
+        assert told["told"]["transformer"].startswith(shape)
+        assert told["told"]["as a folder"] == f"sana convert {name} OUT --base MODEL"
+        assert told["configs"]["transformer"]["num_layers"] == 2
+    save_file(random_lora(tiny_parts.transformer), "my lora.safetensors")
+    lora = sana("info", "my lora.safetensors")
+    assert "an adapter (LoRA), to be used with --lora" in lora.out
+    assert "sana lora info 'my lora.safetensors'" in lora.out
+
+
+def test_an_original_file_of_no_published_architecture_names_base(sana: Sana, tiny_folder: Path) -> None:
+    assert sana("convert", str(tiny_folder), "o.safetensors").code == 0
+    said = sana("a fish", "-m", "o.safetensors")
+    assert said.code == 3
+    assert "so its text encoder is unknown. Put it into the folder of its model, or name that: " in said.err
+    assert said.err.endswith("sana convert o.safetensors OUT --base MODEL\n")
+    assert sana("convert", "o.safetensors", "whole", "--base", str(tiny_folder)).code == 0
+    assert sana("a fish", "-m", "whole", "--steps", "1", "-o", "fish.png").code == 0
+
+
+class _Canary:
+    def __reduce__(self) -> Any:
+        return Path("canary").touch, ()
+
+
+def test_hostile_files_of_models_are_refused_in_one_sentence(sana: Sana) -> None:
+    Path("empty.safetensors").touch()
+    Path("cut.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    Path("text.pth").write_text("no weights at all")
+    save_file({"x": torch.ones(2)}, "other.safetensors")
+    torch.save({"a": _Canary()}, "evil.pth")
+    Path("evil.ckpt").write_bytes(pickle.dumps(_Canary()))
+    Path("folder").mkdir()
+    sentences = {
+        "empty.safetensors": "is empty",
+        "cut.safetensors": "is damaged or cut short",
+        "text.pth": "text.pth is",
+        "other.safetensors": "holds weights, but of no SANA model",
+        "evil.pth": "cannot be read as plain tensors",
+        "evil.ckpt": "cannot be read as plain tensors",
+        "none.pth": "There is no file",
+        "folder": "is a folder without a model: it has neither model_index.json nor config.json.",
+    }
+    for name, sentence in sentences.items():
+        said = sana("info", name)
+        assert said.code in (2, 3), name
+        assert sentence in said.err, name
+        assert len(said.err.splitlines()) == 1, name
+        assert said.out == ""
+    assert not Path("canary").exists()
+
+
+def test_the_help_of_conversion_tells_what_it_holds_in_memory(sana: Sana) -> None:
+    assert "A file is held in memory as a whole while it is converted" in " ".join(
+        sana("convert", "--help").out.split()
+    )

@@ -168,3 +168,13 @@ def test_loading_plans_for_the_pictures_and_the_network(sana: Sana, tiny_folder:
         assert "does not fit into --max-vram" in said.err, name
     both = ("--control", "map", "edges.png", "--controlnet", str(tmp_path / "branch"))
     assert sana(*words, *both, "-o", "two.png").code == 0
+
+
+def test_a_file_without_a_control_network_is_refused_before_anything_is_loaded(sana: Sana, tiny_folder: Path) -> None:
+    Image.new("RGB", (64, 64)).save("edges.png")
+    assert sana("convert", str(tiny_folder), "o.safetensors").code == 0
+    words = ("a fish", "-m", str(tiny_folder), "--control", "map", "edges.png", "--controlnet", "o.safetensors")
+    for more in ((), ("--dry-run",)):
+        said = sana(*words, *more)
+        assert said.code == 2
+        assert "o.safetensors holds no control network. Name a file or a model that has one." in said.err

@@ -230,6 +230,18 @@ def test_a_real_recipe_end_to_end(sana: Sana) -> None:
     assert "held out:" in said.err
 
 
+def test_a_dry_run_tells_memory_and_time_and_trains_nothing(sana: Sana) -> None:
+    said = sana("train", write("recipes/toy/small.toml", SMALL), "--dry-run", "--json")
+    assert said.code == 0, said.err
+    (told,) = json.loads(said.out)["stages"]
+    parts = [told[kind] for kind in ("weights", "gradients", "optimizer", "average", "activations")]
+    assert told["total"] == sum(parts)
+    assert told["optimizer"] == 2 * told["gradients"]
+    assert told["seconds"] > 0
+    assert not Path("runs").exists()
+    assert "MB (weights " in sana("train", "recipes/toy/small.toml", "--dry-run").out
+
+
 def test_evaluate_prints_the_table_and_writes_the_report(
     sana: Sana, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

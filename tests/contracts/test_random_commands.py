@@ -19,7 +19,7 @@ from sana.apps.cli import VERBS, main
 from sana.apps.cli.arguments import COMMON, options_of
 from sana.apps.cli.machine import MACHINE
 from sana.apps.cli.options import EVERYTHING
-from sana.apps.cli.verbs import models
+from sana.apps.cli.verbs import dataset, models
 from sana.errors import ModelNotFound
 
 DOCUMENTED = {0, 1, 2, 3, 4, 6, 130}
@@ -357,3 +357,24 @@ def test_lines_that_draw(
         if check(words, capfd) == 0:
             drawn += any(Path(f"out{i}").glob("*.png"))
     assert drawn > DRAWN // 4
+
+
+def test_lines_about_data_sets(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sana.engine.parts.load", refuse)
+    Image.new("RGB", (300, 300)).save("folder/a.png")
+    Path("folder/a.txt").write_text("a fox")
+    flags = ["--" + name.replace("_", "-") for name in options_of(dataset.groups())]
+    rng = random.Random(4)
+    codes: dict[int, int] = {}
+    for _ in range(250):
+        words = ["dataset", rng.choice(["check", "pack", "caption-stats", "preview"])]
+        words += rng.choices(
+            ["folder", *FILES, *VALUES], [200, *[1] * len(FILES), *[1] * len(VALUES)], k=rng.choice([1, 1, 2])
+        )
+        for _ in range(rng.randrange(3)):
+            words += [rng.choice([*flags, "--json", "-q"]), *rng.choices([*VALUES, *FILES], k=rng.randrange(2))]
+        code = check(words, capfd)
+        codes[code] = codes.get(code, 0) + 1
+    assert codes[0] > 10
+    assert codes[2] > 40
+    assert codes[3] > 5

@@ -230,3 +230,23 @@ def test_gradients(config: str) -> None:
         assert found is not None
         if float(wanted.norm()) > 1e-4:
             assert off(found.flatten(), wanted.flatten()) < 1e-4, name
+
+
+def test_strength_zero_of_dora_is_the_base_where_peft_still_scales_it() -> None:
+    ours, reference = pair()
+    base = velocity(ours)
+    tensors = add(reference, "a", CONFIGS["dora everywhere"])
+    adapters = Adapters(ours)
+    adapters.load(tensors, "a", config=settings(reference, "a"))
+    reference.set_adapters("a", 0.0)
+    adapters.set({"a": 0.0})
+    assert torch.equal(velocity(ours), base)
+    assert off(velocity(reference), base) > 1e-2, "theirs has the trained magnitudes"
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()  # the directions are the base's then, as with a strength of 0
+    reference.set_adapters("a", 1.0)
+    still = velocity(reference)
+    reference.set_adapters("a", 0.0)
+    assert off(velocity(reference), still) < 1e-5, "their strength scales the low-rank part alone"

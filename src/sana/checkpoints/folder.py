@@ -193,7 +193,7 @@ def save_parts(
     variant: str | None = None,
     max_shard_size: int | str | None = None,
     safe_serialization: bool = True,
-    notes: Mapping[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write parts (None for an absent one) as a folder that this package and the reference load, all at once.
 

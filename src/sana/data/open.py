@@ -24,7 +24,7 @@ def open_source(path: str | Path, *, prompt: str = "") -> Dataset:
     told = os.fspath(path)
     if "://" in told or told.startswith("pipe:"):
         raise InvalidInput(f"'{told[:80]}' is no path. A data set is read from this disk only; download it first.")
-    place = Path(told).expanduser()
+    place = Path(os.path.expanduser(told))  # leaves a user that is unknown as it is
     try:
         there = place.exists()
     except (OSError, ValueError):  # a name that no file can have

@@ -222,7 +222,7 @@ class _Run:
         self.notes = list(self.attached.notes)
         self.rows = settings.batch_size
         """Pictures computed at once."""
-        self.sampler = sampler_of(settings, parts.flow_shift)
+        self.sampler = sampler_of(settings, parts.flow_shift, parts.angles)
         self.perturbed = perturbed_blocks(parts, settings)
         self.settings, self.strengths = adapters_of(parts, self.settings)
         self.facts, self.clock = self._facts(), _Clock(parts)

@@ -17,6 +17,7 @@ from sana.checkpoints.folder import COMPONENTS, OPTIONAL, DtypeChoice, load_part
 from sana.checkpoints.hub import Located, is_built_in
 from sana.checkpoints.original.loading import base_folder, load_single_file
 from sana.engine.adapters import Adapters
+from sana.engine.angles import Angles, angles_in
 from sana.engine.compilation import compile_modules, is_compiled
 from sana.engine.fingerprint import fingerprint
 from sana.engine.model_card import card_in, fitting
@@ -57,6 +58,8 @@ class Parts:
     """What the model is called in messages and metadata; never a path."""
     commit: str | None = None
     """Commit of the hub repository that the files came from."""
+    angles: Angles = field(default_factory=dict)
+    """Angles that come with a SANA-Sprint model, by number of steps; mostly none."""
     _placing: _Placing = field(default_factory=_Placing, init=False, repr=False)
     _prompts: PromptEncoder | None = field(default=None, init=False, repr=False)
 
@@ -290,6 +293,7 @@ def load(
             card=fitting(card, loaded["transformer"]),
             name=_name(located, str(model), card),
             commit=located.commit,
+            angles=angles_in(located.folder),
         )
 
     return read(places) if memory is None else sparing(read, memory, max_memory, places, plan)
@@ -315,7 +319,7 @@ def _from_file(
     if folder is None:
         raise CheckpointError(
             f"{located.file} has an architecture that no published model has, so its text encoder is unknown. Put it"
-            " into the folder of its model, or load the parts one by one."
+            f" into the folder of its model, or name that: sana convert {located.file.name} OUT --base MODEL"
         )
     options = {**options, "quantization_config": quantized or None}
     parts = load(folder, device=device, dtype=dtype, **{**options, **networks, **components})

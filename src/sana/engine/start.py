@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sana.data.pictures import fit
+from sana.engine.angles import Angles, grid_of
 from sana.engine.attachments import ControlRequest, FileRef
 from sana.engine.canvas import Canvas, Kept, feathered, fitted_mask, masked, outpainted
 from sana.engine.control_maps import control_map
@@ -23,7 +24,6 @@ from sana.engine.request import Request, ResolvedRequest, shown
 from sana.engine.resolution import BINS, check_step, cut_told, nearest_bin
 from sana.errors import InvalidInput
 from sana.flow.samplers import BoundSampler, find_sampler
-from sana.flow.schedules import MAX_ANGLE, MIDDLE_ANGLE, scm_grid
 from sana.models.linear_dit import pag_layers
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
@@ -162,16 +162,11 @@ def _networks(parts: Parts, count: int) -> Sequence[Any]:
     return loaded
 
 
-def sampler_of(settings: ResolvedRequest, shift: float) -> BoundSampler:
+def sampler_of(settings: ResolvedRequest, shift: float, angles: Angles) -> BoundSampler:
     """Return the sampler with its grid: that of the steps, or for image-to-image its end that the strength leaves."""
     sampler = find_sampler(settings.sampler)
     if settings.sampler == "scm":
-        first, middle = settings.max_timesteps, settings.intermediate_timesteps
-        grid = scm_grid(
-            settings.steps,
-            MAX_ANGLE if first is None else first,
-            MIDDLE_ANGLE if middle is None else middle,
-        )
+        grid = grid_of(angles, settings.steps, settings.max_timesteps, settings.intermediate_timesteps)
     else:
         grid = sampler.make_grid(settings.steps, shift)
     return sampler.on(grid if settings.strength is None else grid.tail(settings.strength))

@@ -16,10 +16,11 @@ from sana.engine.images import resize_and_crop, to_pictures
 from sana.engine.parts import Parts
 from sana.engine.predictor import Captions, Predictor
 from sana.engine.request import Request, ResolvedRequest, SamplerName
-from sana.engine.start import drawn_size
+from sana.engine.start import drawn_size, sampler_of
 from sana.evaluation.seams import Draw, Picture, Restore
 from sana.flow.path import draw_noise
 from sana.flow.samplers import Step, find_sampler
+from sana.flow.schedules import Grid
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 
 
@@ -35,13 +36,14 @@ def resolve(
     return request.resolve(parts.effective_card)
 
 
-def drawer(parts: Parts, order: ResolvedRequest) -> Draw:
+def drawer(parts: Parts, order: ResolvedRequest, *, grid: Grid | None = None) -> Draw:
     """Return a function that draws a batch of different prompts as `engine.generate` draws each alone.
 
     Only the last bits may differ, because prompts of a batch are padded to a common length.
 
     Args:
         order: everything but prompt and seed.
+        grid: levels in place of those of the order.
 
     Raises:
         InvalidInput: a part is missing.
@@ -49,8 +51,9 @@ def drawer(parts: Parts, order: ResolvedRequest) -> Draw:
     parts.require("tokenizer", "text_encoder", "transformer", "vae")
     height, width = drawn_size(parts, order)
     shape = (parts.transformer.config.in_channels, height // parts.compression, width // parts.compression)
-    sampler = find_sampler(order.sampler)
-    bound = sampler.on(sampler.make_grid(order.steps, parts.flow_shift))
+    bound = sampler_of(order, parts.flow_shift, parts.angles)
+    if grid is not None:
+        bound = find_sampler(order.sampler).on(grid)
     guided = order.guidance > 1 and not parts.transformer.config.guidance_embeds
 
     def draw(prompts: list[str], seeds: list[int]) -> list[Picture]:

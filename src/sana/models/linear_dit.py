@@ -162,16 +162,8 @@ class LinearDiT(nn.Module):
 
         Errors: InvalidInput for a latent size that the patches do not divide, and for blocks that do not exist.
         """
-        patch = self.config.patch_size
-        height, width = latents.shape[-2:]
-        if height % patch or width % patch:
-            raise InvalidInput(f"The latent is {height}x{width}; both sides must be multiples of the patch, {patch}.")
         layers = self._perturbed(perturbed_layers, modulation)
-        grid = (height // patch, width // patch)
-        x = self.patch_embed(latents)
-        if self.config.interpolation_scale is not None:
-            x = (x + self._position_table(grid, x.device)).to(x.dtype)
-        bias = None if mask is None else text_bias(mask, kv[0][1].dtype)
+        x, grid, bias = self._tokens(latents, kv, mask)
         samples: Sequence[Tensor] = controlnet_block_samples or ()
         inner: Sequence[Tensor] = ()
         for index, (block, block_kv) in enumerate(zip(self._blocks(), kv, strict=True)):
@@ -187,6 +179,45 @@ class LinearDiT(nn.Module):
         shift, scale = (self.scale_shift_table + modulation.embedded_BD[:, None]).chunk(2, dim=1)
         x = F.layer_norm(x, x.shape[-1:], eps=OUTPUT_NORM_EPS)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), grid)
+
+    def features(
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        kv: Sequence[KeyValue],
+        mask: Tensor | None,
+        taps: Sequence[int],
+    ) -> list[Tensor]:
+        """Return the tokens after each tapped block, [B, N, D] in rising order; blocks after the last one do not run.
+
+        Errors: InvalidInput for blocks that do not exist, and for a latent size that the patches do not divide.
+        """
+        count = len(self.transformer_blocks)
+        if not taps or not all(0 <= tap < count for tap in taps):
+            raise InvalidInput(f"Blocks {list(taps)} cannot be tapped; this transformer has blocks 0 to {count - 1}.")
+        x, grid, bias = self._tokens(latents, kv, mask)
+        found = []
+        for index, (block, block_kv) in enumerate(zip(self._blocks(), kv, strict=True)):
+            x = self._run(block, x, grid, modulation.mod_B6D, block_kv, bias, 0, False)
+            if index in taps:
+                found.append(x)
+            if index == max(taps):
+                break
+        return found
+
+    def _tokens(
+        self, latents: Tensor, kv: Sequence[KeyValue], mask: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """Return the tokens that enter block 0 [B, N, D], their grid, and the bias of the caption's keys."""
+        patch = self.config.patch_size
+        height, width = latents.shape[-2:]
+        if height % patch or width % patch:
+            raise InvalidInput(f"The latent is {height}x{width}; both sides must be multiples of the patch, {patch}.")
+        grid = (height // patch, width // patch)
+        x = self.patch_embed(latents)
+        if self.config.interpolation_scale is not None:
+            x = (x + self._position_table(grid, x.device)).to(x.dtype)
+        return x, grid, None if mask is None else text_bias(mask, kv[0][1].dtype)
 
     def forward(
         self,

@@ -209,7 +209,9 @@ def targets(model: nn.Module) -> dict[str, Target]:
 def attach(model: nn.Module, updates: Mapping[str, Sequence[tuple[LowRank, float]]], *, rank: int = 0) -> None:
     """Let exactly these updates, each with its strength, act on the named layers; other layers are as they were.
 
-    Several updates of a layer act in their order. A strength of 0 is as good as none. `rank` pads all to at least that.
+    Several updates of a layer act in their order. A strength of 0 is as good as none, of DoRA too, where peft goes on
+    scaling the base's weights to the trained magnitudes: who turns an adapter off wants the model
+    without it. `rank` pads all to at least that.
     Errors: InvalidInput for a layer whose weights are needed (DoRA) and cannot be read.
     """
     chosen = {name: [(u, s) for u, s in pairs if s != 0] for name, pairs in updates.items()}

@@ -14,10 +14,13 @@ SINUSOID_DIM = 256
 
 
 def sinusoid(values_B: Tensor, dim: int = SINUSOID_DIM) -> Tensor:
-    """Return [cos(t f), sin(t f)] with f_i = 10000^(-i / (dim/2)) for each scalar: [B] -> float32 [B, dim]."""
+    """Return [cos(t f), sin(t f)] with f_i = 10000^(-i / (dim/2)) for each scalar: [B] -> float32 [B, dim].
+
+    Float64 stays.
+    """
     half = dim // 2
     frequency = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=values_B.device))
-    angle = values_B[:, None].float() * frequency
+    angle = values_B[:, None].to(torch.promote_types(values_B.dtype, torch.float32)) * frequency
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 

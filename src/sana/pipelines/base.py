@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from sana.checkpoints.folder import COMPONENTS, NO_FLOAT16, OPTIONAL, DtypeChoice, save_parts
+from sana.engine.angles import note_of
 from sana.engine.model_card import CARD_KEY, fitting
 from sana.engine.parts import Parts, load
 from sana.engine.placement import pick_device
@@ -187,6 +188,7 @@ class Pipeline:
         Raises:
             InvalidInput: the path is a file, or a part cannot be saved.
         """
+        card = {CARD_KEY: self.parts.card.name} if self.parts.card is not None else {}
         with self.parts.whole():
             save_parts(
                 save_directory,
@@ -195,7 +197,7 @@ class Pipeline:
                 variant=variant,
                 max_shard_size=max_shard_size,
                 safe_serialization=safe_serialization,
-                notes={CARD_KEY: self.parts.card.name} if self.parts.card is not None else None,
+                notes=card | note_of(self.parts.angles),
             )
 
     @property

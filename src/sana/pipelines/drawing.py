@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sana.engine.angles import chosen
 from sana.engine.controls import Control, acting_steps
 from sana.engine.decode import decode_to, full_memory_told
 from sana.engine.edits import encode_picture
@@ -20,7 +21,7 @@ from sana.engine.generate import Change, Plan, denoise
 from sana.engine.images import check_finite, resize_and_crop, to_pictures
 from sana.engine.predictor import Captions, Predictor
 from sana.engine.resolution import check_known, cut_told, nearest_bin
-from sana.flow.adapter import SchedulerSampler, begin_at, set_angles, set_timesteps
+from sana.flow.adapter import SchedulerSampler, begin_at, set_angles, set_timesteps, sigma_data_of
 from sana.flow.path import draw_noise, interpolate
 from sana.flow.schedules import NUM_TRAIN_TIMESTEPS
 from sana.pipelines import checks
@@ -202,11 +203,14 @@ class DrawingPipeline(LoraMixin, PromptPipeline):
     def _sampler(self, call: Call) -> SchedulerSampler:
         """Set the scheduler's timesteps, and make it a sampler of the loop."""
         if self.embeds_guidance:
+            named = call.max_timesteps, call.intermediate_timesteps
+            free = call.timesteps is None and sigma_data_of(self.scheduler) is not None
+            kept = chosen(self.parts.angles, call.num_inference_steps, *named) if free else None
             set_angles(
                 self.scheduler,
                 call.num_inference_steps,
                 device=self.device,
-                timesteps=call.timesteps,
+                timesteps=call.timesteps if kept is None else kept,
                 max_timesteps=call.max_timesteps,
                 intermediate_timesteps=call.intermediate_timesteps,
             )

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 
 from sana.errors import InvalidInput, did_you_mean
 from sana.training.config import Recipe, build
+from sana.training.estimate import Estimate, estimate
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
+from sana.training.objectives.sprint.objective import SprintObjective
+from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.players import use_checkpointing
 from sana.training.processes import device_of
 
 logger = logging.getLogger(__name__)
@@ -46,8 +51,8 @@ def settings_of(recipe: Recipe) -> Any:
     return build(kind.settings, recipe.settings, recipe.objective)
 
 
-def start(recipe: Recipe, folder: Path) -> Trainer:
-    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+def objective_of(recipe: Recipe, folder: Path) -> Callable[[], Objective]:
+    """What builds the objective of a recipe whose run lies in `folder`."""
     settings, kind = settings_of(recipe), OBJECTIVES[recipe.objective]
     device = device_of(recipe.run)
     if device.type == "cpu":
@@ -62,6 +67,12 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
         made: Objective = kind.objective(settings, recipe.run, device)
         return made
 
+    return make
+
+
+def start(recipe: Recipe, folder: Path) -> Trainer:
+    """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
+    make = objective_of(recipe, folder)
     return Trainer(
         make(),
         recipe.run,
@@ -73,8 +84,17 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
     )
 
 
+def estimated(recipe: Recipe, folder: Path) -> Estimate:
+    """What a recipe will need, from one micro-batch; the objective is built, but nothing is trained."""
+    objective = objective_of(recipe, folder)()
+    if recipe.run.checkpointing:
+        use_checkpointing(objective)
+    return estimate(objective, recipe.run, recipe.optimizer, recipe.discriminator_optimizer)
+
+
 OBJECTIVES: dict[str, Kind] = {
     "autoencoder": Kind(AutoencoderSettings, AutoencoderObjective, ("start",)),
     "language_model": Kind(LanguageModelSettings, LanguageModelObjective),
     "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective, ("autoencoder", "text", "features")),
+    "sprint": Kind(SprintSettings, SprintObjective, ("features",)),
 }

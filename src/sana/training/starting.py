@@ -1,6 +1,7 @@
 """The model that a training starts from: its transformer, and its encoders only when something must be encoded."""
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.parts import Parts, load
 from sana.errors import CheckpointError, InvalidInput
 from sana.text.gemma import PromptEncoder
+from sana.training.dense_time import retime
+
+logger = logging.getLogger(__name__)
 
 ENCODERS = ("text_encoder", "tokenizer", "vae")
 NEW_TENSORS = ("norm_q.weight", "norm_k.weight")
@@ -72,7 +76,12 @@ class StartModel:
                 " sample_size, interpolation_scale, timestep_scale or qk_norm, or set fresh = true."
             )
         changed.load_state_dict(state)
-        return changed.to(self.device, dtype).train()
+        changed = changed.to(self.device, dtype).train()
+        before, after = loaded.config.timestep_scale, changed.config.timestep_scale
+        if before != after:
+            error = retime(changed, before, after)
+            logger.info("time is told on another scale; the embedding of time fits to %.1f %%", 100 * error)
+        return changed
 
     @property
     def text_dtype(self) -> torch.dtype:

@@ -183,4 +183,5 @@ VERBS = {
     "completion": Verb("sana.apps.cli.verbs.completion", "print a script that completes words in a shell"),
     "train": Verb("sana.apps.cli.verbs.train", "train from recipes; goes on where it was stopped"),
     "evaluate": Verb("sana.apps.cli.verbs.evaluate", "measure a model and print the table"),
+    "angles": Verb("sana.apps.cli.verbs.angles", "search the angles of a distilled model, and keep them with it"),
 }

@@ -59,7 +59,9 @@ def shape(name: str) -> ControlNetConfig | None:
         from sana.checkpoints.original.examine import examine
 
         found = examine(path).models.get("controlnet")
-        return None if found is None else cast(ControlNetConfig, found.config)
+        if found is None:
+            raise InvalidInput(f"{name} holds no control network. Name a file or a model that has one.")
+        return cast(ControlNetConfig, found.config)
     return card.controlnet if card is not None else None
 
 

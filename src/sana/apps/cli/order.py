@@ -178,6 +178,8 @@ def check_effects(settings: ResolvedRequest, card: Card, given: frozenset[str]) 
     """
     if "guidance" in given and settings.guidance < 1 and card.product != "sprint":
         raise InvalidInput("`guidance` below 1 draws the same picture as 1, which is without guidance. Give 1 or more.")
+    if "outpaint" in given and not any(settings.outpaint):
+        raise InvalidInput("`outpaint` of 0 pixels on every side adds nothing. Give more, or drop it.")
     if "guidance_interval" not in given:
         return
     if card.product == "sprint":

@@ -21,7 +21,9 @@ computer or as hf://organisation/repository/path. OUT is a folder, or an origina
 
   sana convert my.pth my-model --base sana-1.6b-1024   a whole model for sana -m
   sana convert my-model my.safetensors                 and back, bit by bit
-  sana convert old-folder new-folder                   .bin becomes .safetensors"""
+  sana convert old-folder new-folder                   .bin becomes .safetensors
+
+A file is held in memory as a whole while it is converted: have as much free as it is large."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,11 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     from sana.data.open import open_source
     from sana.data.packing import keys
 
-    source, out = open_source(names[0]), Path(names[1]).expanduser()
-    if out.resolve() in (Path(names[0]).expanduser().resolve(), Path(names[0]).expanduser().resolve().parent):
+    if not names[1] or "\0" in names[1]:
+        raise InvalidInput("The folder for the tars has no name that a folder can have. Give another.")
+    source, out = open_source(names[0]), Path(os.path.expanduser(names[1]))
+    packed = Path(os.path.expanduser(names[0])).resolve()
+    if out.resolve() in (packed, packed.parent):
         raise InvalidInput("The tars would lie among what is packed. Give another folder.")
     found = survey(source, tolerance=options.tolerance)
     numbers = list(dict.fromkeys(found.indices))

@@ -56,7 +56,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     path = one_path(names, "preview")
     if not 1 <= options.count <= MOST:
         raise InvalidInput(f"--count must lie from 1 to {MOST}, not {options.count}.")
-    if options.output.suffix.lower() != ".png":
+    if options.output.suffix.lower() != ".png" or "\0" in str(options.output):
         raise InvalidInput(f"The sheet is a PNG, so its name must end in .png, not '{options.output.name[-40:]}'.")
 
     from sana.data.captions import CaptionChoice, choose
@@ -102,16 +102,26 @@ def _sheet(taken: "Sequence[Taken]", captions: Sequence[str]) -> "Image":
         small = one.picture.copy()
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         sheet.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
-        bucket = f"{one.picture.width} x {one.picture.height}"
-        draw.text((x, y + SIDE + GAP // 2), bucket, FAINT, font(TEXT - 2))
+        told = f"{one.picture.width} x {one.picture.height}  {_short(one.sample.place)}"
+        draw.text((x, y + SIDE + GAP // 2), told, FAINT, font(TEXT - 2))
         for i, line in enumerate(_lines(caption)):
             draw.text((x, y + SIDE + GAP // 2 + (i + 1) * (LINE - 3)), line, INK, font(TEXT - 2))
     return sheet
+
+
+def _short(place: str) -> str:
+    """Return the end of a name, as far as it fits beside the size."""
+    from sana.apps.cli.sheet import drawable
+
+    plain = "".join(mark if drawable(mark) else "·" for mark in place)
+    return plain if len(plain) <= 16 else f"…{plain[-15:]}"
 
 
 def _lines(caption: str) -> list[str]:
     """Return a caption as it fits below a picture, as far as the font has its letters."""
     from sana.apps.cli.sheet import drawable
 
-    text = caption if drawable(caption) else "".join(mark if drawable(mark) else "·" for mark in caption)
+    text = "".join(mark if drawable(mark) else "·" for mark in caption)
+    if text.count("·") > len(text) / 3:
+        text = "(the font lacks its letters)"
     return textwrap.wrap(text or "(empty)", 30, max_lines=LINES_BELOW, placeholder=" …")

@@ -1,4 +1,4 @@
-"""`sana info`: what a picture says about itself, whichever program made it, read without loading a model."""
+"""`sana info`: what a picture says about itself, whichever program made it, or what a model's file or folder is."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sana.apps.cli import arguments, choosing
+from sana.apps.cli import arguments, choosing, model_files
 from sana.apps.cli.known import DEFAULT_MODEL
 from sana.apps.cli.output import Terminal, printable
 from sana.cards import CARDS
@@ -15,12 +15,15 @@ from sana.engine.metadata import Metadata, Settings, read_metadata, shortened
 from sana.engine.request import Request
 from sana.errors import InvalidInput, ModelNotFound
 
-USAGE = "sana info PICTURE [PICTURE ...] [options]"
+USAGE = "sana info FILE [FILE ...] [options]"
 DESCRIPTION = """\
 Show how pictures were made: their settings, the model, and a command that draws with these again.
 
 Reads PNG, JPEG and WebP of this program and of AUTOMATIC1111, Forge, SD.Next, stable-diffusion.cpp,
-ComfyUI, InvokeAI, Fooocus, SwarmUI and mflux, for which it prints the nearest command."""
+ComfyUI, InvokeAI, Fooocus, SwarmUI and mflux, for which it prints the nearest command.
+
+Of a model, a folder or a file of weights (.safetensors, .pth), it tells the architecture, the number of
+parameters and their precision, from headers alone; nothing in it is run."""
 
 MOST_EXTRA = 12
 LONGEST_EXTRA = 100
@@ -31,16 +34,22 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     """Print what the pictures carry."""
     files, _ = arguments.read(words, (), usage=USAGE, description=DESCRIPTION)
     if not files:
-        raise InvalidInput("Which picture? For example: sana info fox-1.png")
+        raise InvalidInput("Which picture or model? For example: sana info fox-1.png")
     pages: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     for file in files:
+        if model_files.is_model(file):
+            page, rows = model_files.page(file)
+            models.append({"file": file, **page})
+            terminal.result(printable("\n".join([file, *_lines(rows)])))
+            continue
         metadata = read_file(file)
         page, rows = _page(file, metadata)
         pages.append({"file": file, "generated": metadata.generated, **page})
         terminal.result(printable("\n".join([file, *_lines(rows)])))
         for remark in metadata.remarks:
             terminal.warn(f"{file}: {remark}")
-    terminal.document({"pictures": pages})
+    terminal.document({"pictures": pages, **({"models": models} if models else {})})
     return 0
 
 

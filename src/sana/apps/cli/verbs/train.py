@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.demo import demo, next_steps
-from sana.apps.cli.output import Terminal
+from sana.apps.cli.output import Terminal, duration
 from sana.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ whose path is printed.
   sana train recipes/nano/*.toml             train the built-in model
   sana train my.toml --run.steps 100         change a setting of the recipe
   sana train --demo                          teach it palm trees, in two minutes
+  sana train my.toml --dry-run               tell what memory and time it will need
 
 A run that was stopped goes on where it was; a finished one is not trained again.
 Ctrl-C saves and ends with exit code 130, SIGTERM and SIGUSR1 save and end with 75.
@@ -55,6 +56,8 @@ class Options:
     """Folder for the runs, instead of runs/FOLDER."""
     demo: bool = False
     """Teach the built-in model palm trees, from twelve pictures that come with it; about two minutes."""
+    dry_run: bool = False
+    """Tell what memory and time each recipe will need, from one batch; train nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         recipe, own = demo()
         recipes, overrides = [recipe], {**own, **overrides}
     stages = plan(recipes, overrides, options.output)
+    if options.dry_run:
+        return _tell_needs(stages, terminal)
     done: list[dict[str, Any]] = []
     for stage in stages:
         began = time.perf_counter()
@@ -103,6 +108,23 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         for line in next_steps(stages[0].export):
             terminal.say(line)
     terminal.document(terminal.draft)
+    return 0
+
+
+def _tell_needs(stages: Sequence[Stage], terminal: Terminal) -> int:
+    from sana.training.start import estimated
+
+    told = []
+    for stage in stages:
+        needs = estimated(stage.recipe, stage.folder)
+        kinds = ("weights", "gradients", "optimizer", "average", "activations")
+        memory = ", ".join(f"{kind} {getattr(needs, kind) / 1e6:,.1f}" for kind in kinds)
+        terminal.result(
+            f"{stage.name}: {needs.total / 1e6:,.1f} MB ({memory}) and {duration(needs.seconds)} for "
+            f"{stage.recipe.run.steps} steps, beside the program itself and the held-out figures"
+        )
+        told.append({"name": stage.name, **dataclasses.asdict(needs), "total": needs.total})
+    terminal.document({"stages": told, "warnings": terminal.warnings})
     return 0
 
 

@@ -1,0 +1,196 @@
+"""SANA-Sprint: a flow model distilled into one that draws in one to four steps (arXiv 2503.09641).
+
+Two players alternate. The generator is the student, under the consistency loss of `consistency` and an adversarial one
+on jumps to the clean sample; the discriminator is a head per tapped block of the frozen teacher.
+
+Shapes: B batch, C latent channels, h w latent size; x is a TrigFlow state divided by sigma_d, angles t are [B].
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor, distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sana.errors import InvalidInput
+from sana.flow.path import SIGMA_DATA, sigma_from_angle
+from sana.flow.schedules import MAX_ANGLE
+from sana.models.discriminator import DiscriminatorHeads
+from sana.training.batches import Batch
+from sana.training.config import RunSettings
+from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
+from sana.training.objectives.sprint.consistency import LIMITS, tangent, weighted
+from sana.training.objectives.sprint.networks import check_teacher, guided, network_of, student_of, tapped, taps_of
+from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.trigflow import DERIVATIVES, Network, consistent, draw_angles, noised
+from sana.training.objectives.sprint.watching import Watch, write
+from sana.training.origins import ModelOrigin
+
+Text = tuple[Tensor, Tensor]
+
+
+class _Players(nn.Module):
+    """All that learns: the student, the log-variance of its consistency loss, and the discriminator's heads."""
+
+    def __init__(self, student: nn.Module, width: int, taps: int, group: int) -> None:
+        super().__init__()
+        self.student = student
+        self.log_variance = nn.Linear(width, 1)
+        self.heads = DiscriminatorHeads(width, taps, group)
+        nn.init.zeros_(self.log_variance.weight)
+        nn.init.zeros_(self.log_variance.bias)
+
+
+class SprintObjective:
+    """Consistency and adversarial distillation of a flow model."""
+
+    name = "sprint"
+    turns = ("generator", "discriminator")
+    better: Literal["lower", "higher"] = "lower"
+
+    def __init__(self, settings: SprintSettings, run: RunSettings, device: torch.device) -> None:
+        """Load the teacher, copy the student from it, and open the data.
+
+        Raises:
+            ModelNotFound, CheckpointError: the teacher is not to be had, or broken.
+            InvalidInput: it cannot teach, or the settings do not fit it.
+        """
+        if run.compile:
+            raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
+        if settings.misaligned and run.batch_size < 2:
+            raise InvalidInput("sprint.misaligned exchanges captions within a batch: raise run.batch_size above 1.")
+        self.settings, self.run, self.device = settings, run, device
+        flow = FlowMatchingSettings(
+            start=settings.teacher,
+            data=settings.data,
+            features=settings.features,
+            scenes=settings.scenes,
+            captions=settings.captions,
+            dropout=0.0,
+            prompts=settings.prompts,
+        )
+        self.origin = ModelOrigin(flow, run, device)
+        self.teacher = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
+        check_teacher(self.teacher, settings.teacher)
+        config = self.teacher.config
+        self.taps = settings.taps or taps_of(config.num_layers)
+        torch.manual_seed(run.seed)
+        self.student = student_of(self.teacher, run.seed).train().requires_grad_(True)
+        self.module = _Players(self.student, config.inner_dim, len(self.taps), settings.virtual_batch).to(device)
+        self.watch = Watch(self.origin, self.teacher, self.student)
+
+    def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """The student and its log-variance, or the heads."""
+        is_heads = turn == "discriminator"
+        return [(name, p) for name, p in self.module.named_parameters() if name.startswith("heads.") == is_heads]
+
+    def loss(self, draw: int, turn: str = "generator") -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of micro-batch `draw` for the player whose turn it is."""
+        generator = torch.Generator().manual_seed((self.run.seed << 40) + draw)
+        batch = self.origin.batches.batch(draw, generator)
+        scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
+        chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
+        guidance = scales[chosen].to(self.device)
+        # Fused attention has no forward mode, and on CPUs a slow backward pass.
+        with sdpa_kernel(SDPBackend.MATH):
+            if turn == "discriminator":
+                return self._discriminator(batch, guidance, generator)
+            return self._generator(batch, guidance, generator, self._warmed(draw))
+
+    def _warmed(self, draw: int) -> float:
+        """How much of the tangent's second part is let in at the step of a draw; both players' steps count."""
+        grouped = distributed.is_available() and distributed.is_initialized()
+        step = draw // (self.run.accumulate * (distributed.get_world_size() if grouped else 1))
+        return min(1.0, step / self.settings.warmup_steps)
+
+    def _generator(
+        self, batch: Batch, guidance: Tensor, generator: Generator, share: float
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        student = network_of(self.student, (batch.embeds, batch.mask), guidance)
+        consistency, logged = self._consistency(student, batch, guidance, generator, share)
+        jumped = self._jump(student, batch.latents, generator)
+        adversarial = generator_loss(self._logits(jumped, batch, generator))
+        total = self.settings.consistency_weight * consistency + self.settings.adversarial_weight * adversarial
+        return total, {**logged, "adversarial": adversarial.detach()}
+
+    def _consistency(
+        self, student: Network, batch: Batch, guidance: Tensor, generator: Generator, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, text = self.settings, (batch.embeds, batch.mask)
+        t = self._angles(len(batch.latents), settings.angle_mean, settings.angle_std, generator)
+        x = noised(batch.latents, self._noise(batch.latents, generator), t)
+        with torch.no_grad():
+            drift = SIGMA_DATA * guided(self.teacher, text, self._null(text), guidance)(x, t)
+        derivative = DERIVATIVES[settings.derivative]
+        value, g = tangent(student, x, t, drift, share, derivative=derivative)
+        embedded = self.student.modulation(sigma_from_angle(t), guidance * self.student.config.guidance_embeds_scale)
+        log_variance = self.module.log_variance(embedded.embedded_BD)[:, 0].float()
+        each = weighted(student(x, t), value, LIMITS[settings.limit](g), t, log_variance)
+        return each.mean(), {"consistency": each.detach().mean(), "tangent": g.square().mean().sqrt()}
+
+    def _jump(self, student: Network, latents: Tensor, generator: Generator) -> Tensor:
+        """Return the clean samples that the student jumps to, a share of them from pure noise."""
+        settings, count = self.settings, len(latents)
+        t = self._angles(count, settings.angle_mean, settings.angle_std, generator)
+        last = torch.rand(count, generator=generator) < settings.max_time_probability
+        t = torch.where(last.to(self.device), MAX_ANGLE, t)
+        return consistent(student, noised(latents, self._noise(latents, generator), t), t)
+
+    def _logits(self, latents: Tensor, batch: Batch, generator: Generator) -> Tensor:
+        return self.module.heads(self._seen(latents, batch, generator))  # type: ignore[no-any-return]
+
+    def _seen(self, latents: Tensor, batch: Batch, generator: Generator) -> list[Tensor]:
+        """Return what the heads read of latents: the teacher's tokens at a level drawn for each."""
+        settings = self.settings
+        t = self._angles(len(latents), settings.discriminator_mean, settings.discriminator_std, generator)
+        x = noised(latents, self._noise(latents, generator), t)
+        return tapped(self.teacher, (batch.embeds, batch.mask), x, t, self.taps)
+
+    def _discriminator(
+        self, batch: Batch, guidance: Tensor, generator: Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        with torch.no_grad():
+            student = network_of(self.student, (batch.embeds, batch.mask), guidance)
+            jumped = self._jump(student, batch.latents, generator)
+            fakes = [self._seen(jumped, batch, generator)]
+            real = self._seen(batch.latents, batch, generator)
+            if self.settings.misaligned:
+                fakes.append(self._seen(batch.latents.roll(1, 0), batch, generator))
+        on_real, on_fakes = self.module.heads(real), [self.module.heads(fake) for fake in fakes]
+        hinge = hinge_loss(on_real, torch.cat(on_fakes))
+        logged = {"hinge": hinge.detach(), "real": on_real.detach().mean(), "fake": on_fakes[0].detach().mean()}
+        if not self.settings.gradient_penalty:
+            return hinge, logged
+        penalty = gradient_penalty(self.module.heads, real)
+        return hinge + self.settings.gradient_penalty * penalty, {**logged, "penalty": penalty.detach()}
+
+    def _null(self, text: Text) -> Text:
+        """The unconditional text for every row of `text`, padded to its length."""
+        null, (embeds, mask) = self.origin.batches.null.to(text[0]), text
+        kept = min(len(null), embeds.shape[1])
+        empty, seen = torch.zeros_like(embeds), torch.zeros_like(mask)
+        empty[:, :kept] = null[:kept]
+        seen[:, :kept] = 1
+        return empty, seen
+
+    def _angles(self, count: int, mean: float, std: float, generator: Generator) -> Tensor:
+        return draw_angles(count, mean, std, generator).to(self.device)
+
+    def _noise(self, like: Tensor, generator: Generator) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(self.device)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """How far one step lands from where the teacher's many steps do, on texts kept apart."""
+        return self.watch.evaluate(self._null)
+
+    def preview(self) -> Image.Image | None:
+        """The preview prompts in one step, and below each row in two."""
+        return self.watch.preview()
+
+    def export(self, folder: Path) -> None:
+        """Write the student with its teacher's encoders, as SANA-Sprint models are published."""
+        write(self.student, self.settings, folder)

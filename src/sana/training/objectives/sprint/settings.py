@@ -1,0 +1,82 @@
+"""The `[sprint]` table of a recipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sana.errors import InvalidInput, did_you_mean
+from sana.training.objectives.sprint.consistency import LIMITS
+from sana.training.objectives.sprint.trigflow import DERIVATIVES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SprintSettings:
+    """What is distilled, on what, and every constant of the two losses (arXiv 2503.09641 and its published code)."""
+
+    teacher: str
+    """Flow model with dense time and normalised queries and keys, as the teacher recipe makes it: folder or name."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Pictures with captions, as `[flow_matching.data]`; empty is the drawn world."""
+    features: str = ""
+    """Folder of the drawn world's features; what is missing there is computed first."""
+    scenes: int = 16384
+    """Scenes of the drawn world."""
+    captions: int = 2
+    """Captions of each scene."""
+    angle_mean: float = 0.2
+    """Mean of tau in t = arctan(e^tau / sigma_d), for the consistency loss and the generator's jumps."""
+    angle_std: float = 1.6
+    """Its standard deviation."""
+    guidance: tuple[float, ...] = (4.0, 4.5, 5.0)
+    """Scales that the student learns to have built in; one is drawn per sample, and is an input of the student."""
+    warmup_steps: int = 4000
+    """Steps, of both players together, over which the derivative of the student enters the tangent."""
+    limit: str = "norm"
+    """How tangents are kept small: norm (of each sample), clip or batch (for samples of a few values)."""
+    derivative: str = "forward"
+    """How the student is differentiated in time: forward (mode, exact) or difference (of two more passes)."""
+    consistency_weight: float = 1.0
+    """Weight of the consistency loss."""
+    adversarial_weight: float = 0.5
+    """Weight of the generator's adversarial loss."""
+    max_time_probability: float = 0.5
+    """Share of the generator's jumps that start from pure noise, t = 1.5708, as one-step pictures do."""
+    discriminator_mean: float = -0.6
+    """Mean of tau of the angles to which the discriminator's samples are noised."""
+    discriminator_std: float = 1.0
+    """Its standard deviation."""
+    taps: tuple[int, ...] = ()
+    """Blocks of the teacher that a head reads, from 0; empty takes the published ones, or such by depth."""
+    virtual_batch: int = 8
+    """Samples that share the statistics of the heads' norm."""
+    misaligned: bool = True
+    """Let true latents under the captions of their neighbours count as fakes, too."""
+    gradient_penalty: float = 0.0
+    """Weight of R1 on what enters the heads; the published code has 1e-5, off by default."""
+    prompts: tuple[str, ...] = ()
+    """What previews show; empty takes captions of the data."""
+    card: str = ""
+    """Name of the card that the exported pipeline shall carry."""
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist and numbers that cannot be."""
+        for name, choices in (("limit", LIMITS), ("derivative", DERIVATIVES)):
+            given = getattr(self, name)
+            if given not in choices:
+                told = f"sprint.{name} is '{given}'.{did_you_mean(given, choices)}"
+                raise InvalidInput(f"{told} Choose one of: {', '.join(choices)}.")
+        if not self.guidance:
+            raise InvalidInput("sprint.guidance is empty; name at least one scale, for example [4.5].")
+        for name in ("angle_std", "discriminator_std", "warmup_steps", "virtual_batch"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"sprint.{name} must be positive, but is {getattr(self, name)}.")
+        for name in ("consistency_weight", "adversarial_weight", "gradient_penalty"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"sprint.{name} must not be negative, but is {getattr(self, name)}.")
+        if not 0 <= self.max_time_probability <= 1:
+            raise InvalidInput(
+                f"sprint.max_time_probability must lie in [0, 1], but is {self.max_time_probability}; it is a share of"
+                " the samples, no angle."
+            )
+        if not self.data and not self.features:
+            raise InvalidInput("The drawn world needs a folder for its features: set sprint.features, or sprint.data.")

@@ -1,0 +1,104 @@
+"""What shows how far a distillation is, and what it leaves behind.
+
+Shapes: B batch, C latent channels, h w latent size.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sana.checkpoints.folder import COMPONENTS, save_parts
+from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.engine.model_card import CARD_KEY
+from sana.engine.parts import load
+from sana.flow.path import draw_noise, velocity_from_trig
+from sana.flow.samplers import Solver, flow_euler, scm
+from sana.flow.schedulers import SCMScheduler
+from sana.flow.schedules import Grid, scm_angles, scm_grid, trig_grid
+from sana.models.linear_dit import LinearDiT
+from sana.training.batches import Batch
+from sana.training.objectives.sprint.networks import Text, guided, network_of
+from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.trigflow import Network
+from sana.training.origins import ModelOrigin
+from sana.training.previews import sheet
+
+GUIDANCE = 4.5
+WATCHED = 32
+"""Held-out texts that are looked at."""
+TEACHER_STEPS = 20
+
+
+class Watch:
+    """Pictures and figures of a student beside its teacher."""
+
+    def __init__(self, origin: ModelOrigin, teacher: LinearDiT, student: LinearDiT) -> None:
+        """Nothing is computed yet."""
+        self.origin, self.teacher, self.student = origin, teacher, student
+        self._shown: Batch | None = None
+        self._known: tuple[Text, Tensor] | None = None
+
+    @torch.no_grad()
+    def evaluate(self, null: Callable[[Text], Text]) -> dict[str, float]:
+        """Root mean square from the student's one step to the teacher's end of the same noise."""
+        if self._known is None:
+            batch = next(iter(self.origin.batches.held_out()), None)
+            if batch is None:
+                return {}
+            text = (batch.embeds[:WATCHED], batch.mask[:WATCHED])
+            scale = torch.full((len(text[0]),), GUIDANCE, device=text[0].device)
+            angles = scm_angles(TEACHER_STEPS, intermediate_timesteps=None)
+            like = batch.latents[:WATCHED]
+            taught = _drawn(guided(self.teacher, text, null(text), scale), trig_grid(angles), like, flow_euler)
+            self._known = text, taught
+        text, taught = self._known
+        once = _drawn(self._network(text), scm_grid(1), taught)
+        return {"distance": float((once - taught).square().mean().sqrt())}
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image | None:
+        """The preview prompts in one step, and below each row in two."""
+        if self._shown is None:
+            self._shown = self.origin.preview_batch()
+        if self._shown is None:
+            return None
+        network = self._network((self._shown.embeds, self._shown.mask))
+        drawn = [_drawn(network, scm_grid(steps), self._shown.latents) for steps in (1, 2)]
+        return sheet([self.origin.decode(latents) for latents in drawn])
+
+    def _network(self, text: Text) -> Network:
+        return network_of(self.student, text, torch.full((len(text[0]),), GUIDANCE, device=text[0].device))
+
+
+def _drawn(network: Network, grid: Grid, like: Tensor, solver: Solver = scm) -> Tensor:
+    """Latents [B, C, h, w] drawn along a grid of TrigFlow levels from fixed noise."""
+    generator = torch.Generator().manual_seed(0)
+    levels = grid.sigmas.to(like.device)
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        sigma = levels[i]
+        angle = torch.atan2(sigma, 1 - sigma).expand(len(x))
+        radius = (sigma**2 + (1 - sigma) ** 2).sqrt()
+        return velocity_from_trig(x, network(x / radius, angle), sigma)
+
+    def noise(_: int) -> Tensor:
+        return draw_noise(like.shape, generator).to(like.device)
+
+    walk: Iterator[Any] = solver(velocity, noise(0), grid, noise)
+    return [step.x0 for step in walk][-1]  # type: ignore[no-any-return]
+
+
+def write(student: LinearDiT, settings: SprintSettings, folder: Path) -> None:
+    """Write the student in place of its teacher's transformer, every part in the dtype that the teacher's has."""
+    loaded = load(settings.teacher, device="cpu", dtype="auto")
+    stored = next(loaded.transformer.parameters()).dtype
+    finished = SanaTransformer2DModel.from_config(student.config)
+    finished.load_state_dict(student.state_dict())
+    parts: dict[str, Any] = {part: getattr(loaded, part) for part in COMPONENTS}
+    parts |= {"transformer": finished.to(stored), "scheduler": SCMScheduler()}
+    notes = {CARD_KEY: settings.card} if settings.card else None
+    save_parts(folder, parts, class_name="SanaSprintPipeline", notes=notes)

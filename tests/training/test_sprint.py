@@ -1,0 +1,239 @@
+"""The two players of a Sprint distillation on a tiny teacher."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sana.errors import InvalidInput
+from sana.flow.schedules import MAX_ANGLE
+from sana.models.discriminator import DiscriminatorHeads, LocalBatchNorm
+from sana.models.linear_dit import LinearDiT
+from sana.training.batches import Batch
+from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.loop import Trainer
+from sana.training.objectives.sprint import objective as module
+from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
+from sana.training.objectives.sprint.networks import check_teacher, student_of, tapped, taps_of
+from sana.training.objectives.sprint.objective import SprintObjective
+from sana.training.objectives.sprint.settings import SprintSettings
+from tiny_model import tiny_transformer
+
+RUN = RunSettings(steps=6, batch_size=4, precision="float32", evaluate_every=6, save_every=2, log_every=1, ema=0.5)
+SETTINGS = SprintSettings(teacher="tiny", features="nowhere", taps=(0, 1), warmup_steps=4)
+CPU = torch.device("cpu")
+
+
+class FakeBatches:
+    """Random latents under random texts."""
+
+    null = torch.zeros(1, 32)
+
+    def batch(self, draw: int, generator: torch.Generator) -> Batch:
+        return Batch(
+            latents=torch.randn(4, 4, 4, 4, generator=generator),
+            embeds=torch.randn(4, 5, 32, generator=generator),
+            mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]),
+        )
+
+    def held_out(self) -> list[Batch]:
+        return [self.batch(0, torch.Generator().manual_seed(9))]
+
+
+class FakeOrigin:
+    """Stands for a model and data on disk."""
+
+    teacher: LinearDiT
+
+    def __init__(self, *_: Any) -> None:
+        self.batches = FakeBatches()
+        self.start = self
+
+    def transformer(self, *_: Any) -> LinearDiT:
+        return copy.deepcopy(self.teacher)
+
+    def preview_batch(self) -> Batch:
+        return self.batches.held_out()[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3]
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> LinearDiT:
+    model: LinearDiT = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001)
+    monkeypatch.setattr(FakeOrigin, "teacher", model, raising=False)
+    monkeypatch.setattr(module, "ModelOrigin", FakeOrigin)
+    return model
+
+
+def test_the_players_alternate_each_with_its_own_weights(teacher: LinearDiT, tmp_path: Path) -> None:
+    objective = SprintObjective(SETTINGS, RUN, CPU)
+    names = {turn: {name for name, _ in objective.parameters_of(turn)} for turn in objective.turns}
+    assert objective.turns == ("generator", "discriminator")
+    assert all(name.startswith("heads.") for name in names["discriminator"])
+    assert names["generator"] | names["discriminator"] == {name for name, _ in objective.module.named_parameters()}
+    before = {name: value.clone() for name, value in objective.teacher.state_dict().items()}
+    trainer = Trainer(objective, RUN, OptimizerSettings(warmup=1), tmp_path)
+    old = {name: p.detach().clone() for name, p in objective.module.named_parameters()}
+    moved = []
+    for report in trainer.steps():
+        new = {name: p.detach().clone() for name, p in objective.module.named_parameters()}
+        moved.append({name for name in new if not torch.equal(new[name], old[name])})
+        old = new
+        assert ("hinge" in report.parts) is (report.step % 2 == 0)
+        assert ("consistency" in report.parts) is (report.step % 2 == 1)
+    for step, changed in enumerate(moved):
+        turn = objective.turns[step % 2]
+        assert changed
+        assert changed <= names[turn]
+    assert all(torch.equal(value, before[name]) for name, value in objective.teacher.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in objective.teacher.parameters())
+    assert report.figures is not None
+    assert report.figures["distance"] > 0
+    assert (tmp_path / "previews" / "00000006.png").is_file()
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(teacher: LinearDiT, tmp_path: Path) -> None:
+    def trained(folder: Path, *stops: int) -> dict[str, Tensor]:
+        for stop in (*stops, RUN.steps):
+            trainer = Trainer(SprintObjective(SETTINGS, RUN, CPU), RUN, OptimizerSettings(warmup=1), folder)
+            steps = trainer.steps()
+            while trainer.step < stop:
+                next(steps)
+            steps.close()  # type: ignore[attr-defined]
+        return {name: value.clone() for name, value in trainer.objective.module.state_dict().items()}
+
+    whole, broken = trained(tmp_path / "a"), trained(tmp_path / "b", 3)
+    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+
+
+def test_the_warm_up_counts_the_steps_of_both_players(teacher: LinearDiT) -> None:
+    objective = SprintObjective(SETTINGS, RUN, CPU)
+    assert [objective._warmed(draw) for draw in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
+    twice = SprintObjective(SETTINGS, dataclasses.replace(RUN, accumulate=2), CPU)
+    assert [twice._warmed(draw) for draw in (0, 1, 2, 7)] == [0, 0, 0.25, 0.75]
+
+
+@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_the_share_of_jumps_from_pure_noise_is_a_share_and_never_an_angle(
+    teacher: LinearDiT, probability: float, share: float
+) -> None:
+    objective = SprintObjective(dataclasses.replace(SETTINGS, max_time_probability=probability), RUN, CPU)
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        return x
+
+    objective._jump(network, torch.zeros(2000, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert float((seen[0] == MAX_ANGLE).float().mean()) == pytest.approx(share, abs=0.03)
+    assert not bool((seen[0] == 0.5).any())
+
+
+def test_true_latents_under_other_captions_are_fakes(teacher: LinearDiT) -> None:
+    both = SprintObjective(SETTINGS, RUN, CPU).loss(1, "discriminator")[0]
+    alone = SprintObjective(dataclasses.replace(SETTINGS, misaligned=False), RUN, CPU).loss(1, "discriminator")[0]
+    assert not torch.equal(both, alone)
+    with pytest.raises(InvalidInput, match="misaligned exchanges captions"):
+        SprintObjective(SETTINGS, dataclasses.replace(RUN, batch_size=1), CPU)
+
+
+def test_the_gradient_penalty_is_optional_and_is_the_slope_at_the_heads(teacher: LinearDiT) -> None:
+    logged = SprintObjective(dataclasses.replace(SETTINGS, gradient_penalty=0.1), RUN, CPU).loss(1, "discriminator")[1]
+    assert "penalty" in logged
+    weight = torch.tensor([2.0, 3.0])
+    penalty = gradient_penalty(lambda features: (features[0] * weight).sum(-1), [torch.randn(4, 5, 2)])
+    assert float(penalty.detach()) == pytest.approx(5 * (4 + 9))
+
+
+def test_the_losses_of_the_two_sides() -> None:
+    real, fake = torch.tensor([[2.0, 0.0]]), torch.tensor([[-3.0, 1.0]])
+    assert float(hinge_loss(real, fake)) == 0.5 * (0.5 + 1.0)
+    assert float(generator_loss(fake)) == 1.0
+
+
+def test_taps_are_the_published_ones_and_reach_the_last_block_elsewhere() -> None:
+    assert taps_of(20) == (2, 8, 14, 19)
+    assert taps_of(28) == (2, 8, 14, 20, 27)
+    assert taps_of(6)[-1] == 5
+    assert taps_of(1) == (0,)
+
+
+def test_tapped_blocks_are_those_of_an_ordinary_pass(teacher: LinearDiT) -> None:
+    batch = FakeBatches().batch(0, torch.Generator().manual_seed(0))
+    kept: list[Tensor] = []
+    handle = teacher.transformer_blocks[1].register_forward_hook(lambda _m, _i, out: kept.append(out))
+    with torch.no_grad():
+        found = tapped(teacher, (batch.embeds, batch.mask), batch.latents, torch.full((4,), 0.7), (0, 1))
+    handle.remove()
+    assert [tuple(x.shape) for x in found] == [(4, 16, 32)] * 2
+    assert torch.equal(found[1], kept[0])
+    modulation = teacher.modulation(torch.zeros(4))
+    with pytest.raises(InvalidInput, match="blocks 0 to 1"):
+        teacher.features(batch.latents, modulation, (), None, (2,))
+
+
+def test_the_local_norm_whitens_groups_and_refuses_a_batch_that_does_not_split() -> None:
+    norm = LocalBatchNorm(3, 8)
+    x = torch.randn(16, 3, 10, generator=torch.Generator().manual_seed(0)) * 5 + 2
+    x[8:] += 100
+    out = norm(x)
+    for half in (out[:8], out[8:]):
+        torch.testing.assert_close(half.mean((0, 2)), torch.zeros(3), atol=1e-4, rtol=0)
+        torch.testing.assert_close(half.var((0, 2), unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+    with pytest.raises(InvalidInput, match="batch of 9 does not split into 2"):
+        norm(torch.zeros(9, 3, 10))
+
+
+def test_heads_give_one_logit_per_token_and_see_a_circle() -> None:
+    torch.manual_seed(0)
+    heads = DiscriminatorHeads(8, 2).eval()
+    features = [torch.randn(4, 6, 8), torch.randn(4, 6, 8)]
+    logits = heads(features)
+    assert logits.shape == (4, 12)
+    turned = heads([x.roll(1, 1) for x in features]).view(4, 2, 6).roll(-1, 2).reshape(4, 12)
+    torch.testing.assert_close(turned, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestep_scale": 1.0}, "no teacher yet"),
+        ({"qk_norm": None}, "no teacher yet"),
+        ({"guidance": True}, "distilled"),
+    ],
+)
+def test_a_model_that_cannot_teach_is_refused(changes: dict[str, Any], message: str) -> None:
+    made = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.001, **changes}
+    is_student = made.pop("guidance", False)
+    model = tiny_transformer(**made)
+    with pytest.raises(InvalidInput, match=message):
+        check_teacher(student_of(model, 0) if is_student else model, "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": "nom"}, "Did you mean 'norm'"),
+        ({"derivative": "backward"}, "Choose one of: forward, difference"),
+        ({"guidance": ()}, "at least one scale"),
+        ({"max_time_probability": 1.5708}, "no angle"),
+        ({"warmup_steps": 0}, "warmup_steps must be positive"),
+        ({"adversarial_weight": -1.0}, "must not be negative"),
+        ({"features": ""}, "set sprint.features"),
+    ],
+)
+def test_wrong_settings_are_one_clear_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+def test_compiled_blocks_are_refused(teacher: LinearDiT) -> None:
+    with pytest.raises(InvalidInput, match=r"run\.compile does not go with sprint"):
+        SprintObjective(SETTINGS, dataclasses.replace(RUN, compile=True), CPU)
