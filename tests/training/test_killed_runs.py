@@ -39,7 +39,7 @@ class Dropping(Regression):
 
 
 def train(folder: Path, steps: int = 40) -> None:
-    trainer = Trainer(Dropping(), settings(steps=steps, save_every=2, evaluate_every=10), FAST, folder)
+    trainer = Trainer(Dropping(), settings(steps=steps, save_every=2, evaluate_every=20), FAST, folder)
     list(trainer.steps())
 
 
@@ -70,7 +70,7 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[int, in
         if process == 0:
             train(place)
             os._exit(0)
-        time.sleep(rng.random() * once * 0.8)
+        time.sleep(rng.random() * once * 0.35)
         os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         done += os.WIFSIGNALED(status)
@@ -102,7 +102,7 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(tmp_path: Path) -> Non
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
 def test_two_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     finished, steps = killed_again_and_again(tmp_path, 200, seed=1)
-    assert finished >= 20
+    assert finished >= 5
     assert steps >= 15
 
 

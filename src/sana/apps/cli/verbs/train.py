@@ -98,8 +98,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         began = time.perf_counter()
         if _is_finished(stage, terminal):
             terminal.say(f"{stage.name}: finished before")
-        else:
-            _train(stage, terminal, shlex.join(["sana", "train", *words]))
+        elif not _train(stage, terminal, shlex.join(["sana", "train", *words])):
+            continue
         seconds = round(time.perf_counter() - began, 1)
         done.append({"name": stage.name, "folder": str(stage.folder), "export": str(stage.export), "seconds": seconds})
         terminal.draft = {"stages": list(done), "warnings": terminal.warnings}
@@ -209,8 +209,8 @@ def _is_finished(stage: Stage, terminal: Terminal) -> bool:
     return True
 
 
-def _train(stage: Stage, terminal: Terminal, command: str) -> None:
-    """Train one stage to its end and export it.
+def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
+    """Train one stage to its end and export it; of several processes the first speaks, and this tells whether it is.
 
     Raises:
         KeyboardInterrupt: the user, or the system, asked to stop; the run is saved, and the text says how to go on.
@@ -232,6 +232,7 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> None:
         temporary.replace(stage.folder / FINISHED)
     if asked:
         raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
+    return trainer.is_first
 
 
 def _stop(asked: int | None) -> type[KeyboardInterrupt]:
