@@ -24,6 +24,7 @@ NOT_HERE = {
     "-m": "needs the hub; tests/checkpoints runs it against a hub of its own",
     "pull": "needs the hub; tests/checkpoints/test_library.py runs it against a hub of its own",
     "Sana_1600M_1024px.pth": "a file of 3 GB; tests/apps/test_convert_command.py converts small ones",
+    "my-model.safetensors": "a file of the reader's; tests/apps/test_info_and_models.py",
     "my-style.safetensors": "a file of the reader's; tests/apps/test_lora_command.py",
 }
 
