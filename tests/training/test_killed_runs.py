@@ -24,7 +24,7 @@ from sana.training import folders, loop
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import read_lines
 from sana.training.folders import FIXED, changed
-from sana.training.loop import Trainer
+from sana.training.loop import Trainer, TrainStep
 from sana.training.state import load_best, load_state
 
 FAST = OptimizerSettings(lr=1e-2, warmup=2)
@@ -38,21 +38,33 @@ class Dropping(Regression):
         self.module = nn.Sequential(nn.Linear(32, 24), nn.Dropout(0.3), nn.SiLU(), nn.Linear(24, 32))
 
 
-def train(folder: Path, steps: int = 40) -> None:
-    trainer = Trainer(Dropping(), settings(steps=steps, save_every=2, evaluate_every=20), FAST, folder)
+def train(folder: Path, steps: int = 20) -> None:
+    trainer = Trainer(Dropping(), settings(steps=steps, save_every=2, evaluate_every=10), FAST, folder)
     list(trainer.steps())
 
 
 def final(folder: Path) -> dict[str, Tensor]:
     found = load_state(folder / "states")
     assert found is not None
-    assert found.step == 40
+    assert found.step == 20
     return {f"{part}/{name}": tensor for part, tensors in found.parts.items() for name, tensor in tensors.items()}
+
+
+def warm_up(folder: Path) -> None:
+    """Load here, once, what every child would load; without a backward pass, whose threads a fork would lose."""
+    trainer = Trainer(Dropping(), settings(), FAST, folder)
+    for p in trainer.objective.module.parameters():
+        p.grad = torch.zeros_like(p)
+    trainer.players.move("main", 0, trainer.players.norm("main"))
+    trainer._record(TrainStep(step=0, steps=1, loss=1.0, parts={}, seconds=1.0, figures=trainer._look()))
+    trainer.save()
+    trainer.close()
 
 
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[int, int]:
     """Kill at random moments until the run has been killed `kills` times; return finished runs, and steps seen."""
     torch.set_num_threads(1)  # a forked process has no other threads
+    warm_up(folder / "warm")
     whole = folder / "whole"
     process = os.fork()
     if process == 0:
@@ -70,7 +82,7 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[int, in
         if process == 0:
             train(place)
             os._exit(0)
-        time.sleep(rng.random() * once * 0.35)
+        time.sleep(rng.random() * once * 0.8)
         os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         done += os.WIFSIGNALED(status)
@@ -93,9 +105,9 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> tuple[int, in
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and kill")
 def test_a_run_that_is_killed_anywhere_ends_bit_identical(tmp_path: Path) -> None:
-    finished, steps = killed_again_and_again(tmp_path, 20, seed=0)
+    finished, steps = killed_again_and_again(tmp_path, 15, seed=0)
     assert finished >= 2
-    assert steps >= 5
+    assert steps >= 4
 
 
 @pytest.mark.slow
@@ -103,7 +115,7 @@ def test_a_run_that_is_killed_anywhere_ends_bit_identical(tmp_path: Path) -> Non
 def test_two_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     finished, steps = killed_again_and_again(tmp_path, 200, seed=1)
     assert finished >= 5
-    assert steps >= 15
+    assert steps >= 8
 
 
 @pytest.mark.parametrize(
