@@ -24,8 +24,8 @@ be a hub id such as organisation/model, or a folder.
   sana models pull sana-0.6b-512    fetch it; size, licence, room are told first
   sana models verify sana-0.6b-512  check its files, and what it draws
   sana models rm sana-0.6b-512      remove it, and say what that frees
-  sana models grow nano deep --layers 12    a deeper model that draws the same, to train
-  sana models prune deep thin --layers 8    without the blocks that do least, to train
+  sana models grow nano deep --layers 12    a deeper one that draws the same
+  sana models prune deep thin --layers 8    without the blocks that do least
 
 A download that was stopped goes on where it was. Only the files that are needed are
 fetched, and each is held against its digest. `info`, `verify` and `rm` need no network."""

@@ -32,7 +32,7 @@ whose path is printed.
   sana train recipes/nano/*.toml             train the built-in model
   sana train my.toml --run.steps 100         change a setting of the recipe
   sana train --demo                          teach it palm trees, in two minutes
-  sana train my.toml --dry-run               tell what memory and time it will need
+  sana train my.toml --dry-run               what memory and time it will need
 
 A run that was stopped goes on where it was; a finished one is not trained again.
 Ctrl-C saves and ends with exit code 130, SIGTERM and SIGUSR1 save and end with 75.
