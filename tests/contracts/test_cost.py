@@ -97,8 +97,9 @@ def step(general: bool, perturbed_layer: int | None = None, controlled: bool = F
     if perturbed_layer is not None:
         given = {"perturbed_layers": (perturbed_layer,), "perturbed_rows": 1}
     with faked():
-        model = LinearDiT(config).eval()
-        branch = LinearControlNet(ControlNetConfig(**_shared(config))).eval()
+        # Frozen, so that the general way is not that of training on a CPU, whose gradients are written by hand.
+        model = LinearDiT(config).eval().requires_grad_(False)
+        branch = LinearControlNet(ControlNetConfig(**_shared(config))).eval().requires_grad_(False)
         with torch.no_grad():
             text = torch.empty(rows, TOKENS, config.caption_channels)
             kv = model.cross_attention_kv(model.encode_caption(text))
@@ -126,7 +127,7 @@ def _shared(config: TransformerConfig) -> dict[str, Any]:
 def decoding(general: bool) -> tuple[int, int]:
     """Count the decoding of a picture of 512 px."""
     with faked():
-        model = DCAutoencoder(CARDS["sana-0.6b-1024"].autoencoder).eval()
+        model = DCAutoencoder(CARDS["sana-0.6b-1024"].autoencoder).eval().requires_grad_(False)
         latents = torch.empty(1, 32, 16, 16)
         return counted(lambda: model.decode(latents), general)
 

@@ -38,7 +38,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     pages: list[dict[str, Any]] = []
     models: list[dict[str, Any]] = []
     for file in files:
-        if model_files.is_model(file):
+        if os.path.exists(file) and model_files.is_model(file):  # names that no file can have are told below
             page, rows = model_files.page(file)
             models.append({"file": file, **page})
             terminal.result(printable("\n".join([file, *_lines(rows)])))
