@@ -184,6 +184,27 @@ def test_a_new_control_branch_changes_nothing_and_learns_in_the_known_order(
     assert not torch.equal(seen(trainable, unsteered), steered)
 
 
+@pytest.mark.parametrize("wiring", ["", "diffusers", "native"])
+def test_a_frozen_transformer_may_be_held_in_bfloat16(
+    transformer: SanaTransformer2DModel, batch: Batch, wiring: Any
+) -> None:
+    def made(base: SanaTransformer2DModel) -> Trainable:
+        if not wiring:
+            return LoraTrainable(base, LoraSettings(targets=EVERYTHING), 0)
+        torch.manual_seed(1)
+        network = SanaControlNetModel.from_transformer(transformer, 2).float()
+        return ControlTrainable(base, network, wiring)
+
+    wide, narrow = made(copy.deepcopy(transformer)), made(copy.deepcopy(transformer).to(torch.bfloat16))
+    expected = wide.velocity(batch.latents, batch, TIMES)
+    found = narrow.velocity(batch.latents, batch, TIMES)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * float(expected.detach().abs().max()))
+    found.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    learning = [p for p in narrow.module.parameters() if p.requires_grad and p.grad is not None]
+    assert any(bool(p.grad.any()) for p in learning if p.grad is not None)
+    assert all(p.dtype == torch.float32 for p in learning)
+
+
 def test_a_branch_as_long_as_the_transformer_is_refused(transformer: SanaTransformer2DModel) -> None:
     network = SanaControlNetModel(
         **{k: v for k, v in CONFIG.items() if k not in ("out_channels", "num_layers")}, num_layers=4

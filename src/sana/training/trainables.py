@@ -34,6 +34,14 @@ class Trainable(Protocol):
         ...
 
 
+def _computing(transformer: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for a transformer that is held in bfloat16, whatever the run computes in: what it reads is float32."""
+    weight = next(transformer.parameters())
+    if weight.dtype != torch.bfloat16:
+        return contextlib.nullcontext()
+    return torch.autocast(weight.device.type, torch.bfloat16)
+
+
 class FullTrainable:
     """All weights of the transformer."""
 
@@ -107,7 +115,8 @@ class LoraTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
+        with _computing(self.transformer):
+            out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
 
     @contextlib.contextmanager
@@ -203,6 +212,10 @@ class ControlTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
+        with _computing(self.transformer):
+            return self._steered(x, batch, timesteps)
+
+    def _steered(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         assert batch.control is not None
         network, base = self.network, self.transformer
         native = self.wiring == "native"
