@@ -26,6 +26,7 @@ from sana.training.features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.players import use_checkpointing
 from sana.training.starting import StartModel
 
 CPU = torch.device("cpu")
@@ -147,6 +148,30 @@ def test_features_kept_in_files_give_the_losses_of_features_made_on_the_way(pict
         file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
         objective(pictures, data=data).loss(0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": "full"}, {"train": "lora"}, {"train": "controlnet", "control": {"kind": "ink", "blocks": 2}}],
+    ids=lambda changes: changes["train"],
+)
+def test_checkpointing_reaches_what_gradients_pass_through_and_changes_no_number(
+    pictures: Path, changes: dict[str, Any]
+) -> None:
+    def gradients(checkpointing: bool) -> tuple[float, list[torch.Tensor]]:
+        one = objective(pictures, **changes)
+        if checkpointing:
+            use_checkpointing(one)
+            assert one.trainable.transformer.gradient_checkpointing
+        loss = one.loss(0)[0]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()), [p.grad for _, p in one.parameters_of("main") if p.grad is not None]
+
+    (loss, plain), (again, checkpointed) = gradients(False), gradients(True)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert len(plain) == len(checkpointed) > 0
+    for one, other in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * (float(one.abs().max()) or 1.0))
 
 
 def test_figures_look_at_fixed_levels(pictures: Path) -> None:

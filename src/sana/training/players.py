@@ -104,9 +104,11 @@ class Players:
 def use_checkpointing(objective: Objective) -> None:
     """Let the models of an objective compute the inside of their blocks again on the way back.
 
+    Those of `frozen`, which gradients only pass through, are among them where an objective has any.
     Errors: InvalidInput when none of them can.
     """
-    able: list[Any] = [m for m in objective.module.modules() if isinstance(m, nn.Module) and hasattr(m, SWITCH)]
+    frozen: tuple[nn.Module, ...] = getattr(objective, "frozen", ())
+    able: list[Any] = [m for part in (objective.module, *frozen) for m in part.modules() if hasattr(m, SWITCH)]
     if not able:
         raise InvalidInput(f"run.checkpointing has no effect on '{objective.name}': its models keep everything.")
     for model in able:

@@ -59,10 +59,13 @@ class FlowMatchingObjective:
         self.origin: Origin
         self.trainable: Trainable
         self.module: nn.Module
+        self.frozen: tuple[nn.Module, ...] = ()
+        """What gradients pass through although it does not learn, outside of `module`."""
         if settings.start:
             self.origin = origin = ModelOrigin(settings, run, device)
             self.trainable = origin.trainable()
             self.module = self.trainable.module
+            self.frozen = () if settings.train == "full" else (self.trainable.transformer,)
         else:
             self.origin = ScratchOrigin(settings, run, device)
             self.module = trained = self._build()
