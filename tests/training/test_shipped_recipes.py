@@ -1,5 +1,6 @@
 """The recipes of the repository: each is read, and means what its objective can do."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from sana.cards import CARDS
 from sana.training.config import build, load_recipe
 from sana.training.objectives.flow_settings import FlowMatchingSettings
-from sana.training.start import OBJECTIVES
+from sana.training.start import OBJECTIVES, start
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/**/*.toml")) + sorted((ROOT / "src" / "sana" / "assets").rglob("*.toml"))
@@ -28,3 +29,30 @@ def test_a_recipe_can_be_read_whole(path: Path) -> None:
     if isinstance(settings, FlowMatchingSettings) and settings.start:
         # A published model, or a folder that the recipe says how to make.
         assert settings.start in CARDS or f" {settings.start} --layers" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dreambooth", "controlnet", "finetune"])
+def test_the_recipes_of_published_sizes_run_on_the_built_in_model(kind: str, tmp_path: Path) -> None:
+    overrides = {
+        "run.steps": "2",
+        "run.batch_size": "2",
+        "run.accumulate": "1",
+        "run.evaluate_every": "2",
+        "flow_matching.start": "nano",
+        "flow_matching.data.size": "256",
+        "flow_matching.data.path": str(ROOT / "examples" / "data" / "pictures"),
+        "flow_matching.data.features": str(tmp_path / "features"),
+    }
+    if kind in ("controlnet", "finetune"):
+        overrides["flow_matching.data.held_out"] = "2"
+    if kind == "controlnet":
+        overrides["flow_matching.control.blocks"] = "2"
+    if kind == "dreambooth":
+        prior = {"folder": str(tmp_path / "class"), "count": "2", "steps": "2"}
+        overrides |= {f"flow_matching.prior.{key}": value for key, value in prior.items()}
+    trainer = start(load_recipe(ROOT / "recipes" / "sana-1.6b" / f"{kind}.toml", overrides), tmp_path / "run")
+    for step in trainer.steps():
+        assert math.isfinite(step.loss)
+    trainer.export(tmp_path / "export")
+    assert any((tmp_path / "export").rglob("*.safetensors"))
