@@ -7,7 +7,9 @@ from gaussian_flow import GaussianFlow, last, rms
 from torch import Tensor
 
 from sana.errors import InvalidInput
+from sana.flow.adapter import SchedulerSampler
 from sana.flow.samplers import SAMPLERS, dpm_order, dpm_update, find_sampler, flow_dpm, flow_euler, scm
+from sana.flow.schedulers import SCMScheduler
 from sana.flow.schedules import Grid, custom_grid, flow_dpm_grid, scm_grid
 
 FLOW = GaussianFlow()
@@ -282,3 +284,14 @@ def test_bimodal_errors(n: int, shift: float, run, printed: float) -> None:
     fine = Grid(sigmas=torch.linspace(grid.sigmas[0].item(), 0, 2001), timesteps=torch.zeros(2000))
     x = GaussianFlow(0.0, 1.0).start(1.0, 2000)
     assert rms(last(run(on(grid), x, grid)) - last(flow_dpm(on(fine), x, fine))) == pytest.approx(printed, rel=0.1)
+
+
+def test_a_run_of_angles_begins_with_the_noise_as_the_trigflow_state() -> None:
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = scm_grid(2, timesteps=[1.2, 0.5, 0.0])
+    first = find_sampler("scm").on(grid).first(noise)
+    torch.testing.assert_close(first, noise / (math.sin(1.2) + math.cos(1.2)), rtol=1e-6, atol=0)
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(2, timesteps=[1.2, 0.5, 0.0], max_timesteps=None, intermediate_timesteps=None)
+    torch.testing.assert_close(first, SchedulerSampler(scheduler).first(noise), rtol=1e-6, atol=0)
+    assert find_sampler("flow-dpm").on(flow_dpm_grid(4, 3.0)).first(noise) is noise

@@ -370,7 +370,7 @@ class _Run:
         first = noise(0)
         return Plan(
             sampler=self.sampler,
-            latents=first if edit is None else edit.start(first, grid.sigmas[0].item()),
+            latents=self.sampler.first(first) if edit is None else edit.start(first, grid.sigmas[0].item()),
             predictor=network,
             guidance=settings.guidance if len(self.conditions) > 1 else 1.0,
             guidance_interval=settings.guidance_interval,

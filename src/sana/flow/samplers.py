@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sana.errors import InvalidInput, did_you_mean
-from sana.flow.path import interpolate
+from sana.flow.path import flow_from_trig, interpolate
 from sana.flow.schedules import Grid, flow_dpm_grid, flow_euler_grid, scm_grid
 
 Velocity = Callable[[Tensor, int], Tensor]
@@ -211,6 +211,13 @@ class BoundSampler:
     """The levels and timesteps of the run."""
     solver: Solver
     """The sampler function."""
+
+    def first(self, noise: Tensor) -> Tensor:
+        """Return the state that stands for pure noise, of standard deviation 1, at the first level.
+
+        Angles may begin anywhere, and there the reference takes the noise for the TrigFlow state as it is.
+        """
+        return flow_from_trig(noise, self.grid.sigmas[0].item(), 1.0) if self.grid.trig else noise
 
     def run(self, velocity: Velocity, x: Tensor, noise: Noise | None = None) -> Steps:
         """Walk from `x`, a state at `grid.sigmas[0]`."""
