@@ -61,7 +61,7 @@ def test_bash_completes_verbs_flags_choices_models_and_files(scripts: dict[str, 
     assert "--strength" in offered("edit", "--")
     assert offered("train", "my") == ["my recipe.toml"]
     assert set(offered("train", "")) == {"my recipe.toml", "folder"}
-    assert set(offered("evaluate", "")) == {"geneval", "autoencoder"}
+    assert set(offered("evaluate", "")) == {"geneval", "control", "autoencoder"}
     assert offered("completion", "z") == ["zsh"]
     assert offered("info", "") == ["FILES"]
     assert offered("a fox", "-o", "") == ["FILES"]

@@ -271,14 +271,29 @@ def test_a_metric_loads_only_what_it_needs(tiny_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        ((), 2, "One of: geneval, autoencoder."),
+        ((), 2, "One of: geneval, control, autoencoder."),
         (("genval",), 2, "There is no metric 'genval'. Did you mean 'geneval'?"),
         (("geneval", "x"), 2, "one thing at a time"),
         (("geneval", "--seed", "x"), 2, "--seed takes a whole number"),
         (("geneval", "-m", "sana-2"), 3, "There is no model 'sana-2'."),
         (("geneval", "-o", "a.txt"), 2, "a.txt does not end in .json"),
+        (("geneval", "--steps", "1,x"), 2, "--steps takes a number or a list such as 1,2,4, not '1,x'."),
+        (("geneval", "--steps", "1,2,1"), 2, "--steps names a number twice in '1,2,1'."),
+        (("geneval", "--scenes", "3"), 2, "--scenes has no effect on geneval. Drop it."),
+        (("geneval", "--controlnet", "x"), 2, "--controlnet has no effect on geneval. Drop it."),
+        (("control", "--against", "a.json"), 2, "--against has no effect on control. Drop it."),
+        (("geneval", "--against", "no.json"), 2, "There is no file no.json to compare with. Check the name."),
+        (("control", "--steps", "1,2"), 2, "--steps must be one number to measure control."),
+        (("control", "--control", "depth"), 2, "--control must be one of canny, scribble, ink, not 'depth'."),
+        (
+            ("control",),
+            2,
+            "nano comes without a control network, so it follows no picture. Take a model that has one, or",
+        ),
+        (("control",), 2, " or name one with --controlnet."),
     ],
 )
+@pytest.mark.usefixtures("no_loading")
 def test_evaluate_refuses_what_cannot_be(sana: Sana, words: tuple[str, ...], code: int, sentence: str) -> None:
     said = sana("evaluate", *words)
     assert said.code == code

@@ -16,7 +16,8 @@ from sana.apps.cli import main
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
-    "evaluate": ["--prompts", "1", "--images", "1", "--steps", "1"],
+    "evaluate geneval": ["--prompts", "1", "--images", "1", "--steps", "1"],
+    "evaluate control": ["--scenes", "2", "--steps", "1"],
     "train": ["--run.steps", "2", "--run.evaluate_every", "2"],
 }
 NOT_HERE = {
@@ -57,7 +58,8 @@ def test_every_command_of_the_readme_works_in_order(
     for line, words in commands():
         if any(word in NOT_HERE for word in words):
             continue
-        code = main([*words, *SMALLER.get(words[0], [])]) if words else run_in_shell(line)
+        smaller = SMALLER.get(" ".join(words[:2]), SMALLER.get(words[0], [])) if words else []
+        code = main([*words, *smaller]) if words else run_in_shell(line)
         assert code == 0, (line, capsys.readouterr().err)
         ran += 1
     assert ran >= 32

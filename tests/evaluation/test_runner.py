@@ -1,5 +1,7 @@
 """The registry of metrics over a real (tiny, random) model, and the files."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,13 +13,22 @@ from sana.errors import InvalidInput
 from sana.evaluation.autoencoder import AutoencoderReport
 from sana.evaluation.runner import METRICS, Report, Settings, run, save, save_sheet
 from sana.evaluation.scores import Score
+from tiny_model import tiny_controlnet
 
-SMALL = Settings(prompts=2, images=2, scenes=3, steps=1, guidance=1.0, batch_size=4)
+SMALL = Settings(prompts=2, images=2, scenes=3, steps=(1,), guidance=1.0, batch_size=4, control="ink")
+
+
+@pytest.fixture(scope="module")
+def steered_parts(tiny_parts: Parts) -> Parts:
+    """The tiny model with a control network."""
+    parts = copy.copy(tiny_parts)
+    parts.controlnet = tiny_controlnet(parts.transformer)
+    return parts
 
 
 @pytest.fixture(scope="module", params=METRICS)
-def report(request: pytest.FixtureRequest, tiny_parts: Parts) -> Report:
-    found: Report = run(request.param, tiny_parts, SMALL)
+def report(request: pytest.FixtureRequest, steered_parts: Parts) -> Report:
+    found: Report = run(request.param, steered_parts, SMALL)
     return found
 
 
@@ -28,8 +39,8 @@ def test_every_metric_gives_a_table_and_a_record(report: Report) -> None:
     assert record["settings"]["seed"] == 0
 
 
-def test_the_same_run_writes_the_same_bytes(report: Report, tiny_parts: Parts, tmp_path: Path) -> None:
-    again = run(report.to_dict()["metric"], tiny_parts, SMALL)
+def test_the_same_run_writes_the_same_bytes(report: Report, steered_parts: Parts, tmp_path: Path) -> None:
+    again = run(report.to_dict()["metric"], steered_parts, SMALL)
     one, other = save(report, tmp_path / "one.json"), save(again, tmp_path / "other.json")
     assert one.read_bytes() == other.read_bytes()
     assert json.loads(one.read_text(encoding="utf-8")) == json.loads(json.dumps(report.to_dict()))
@@ -70,6 +81,11 @@ def test_an_autoencoder_alone_can_be_measured(tiny_parts: Parts) -> None:
     assert run("autoencoder", alone, SMALL).to_dict()["read_right"]["pictures"] == 3
     with pytest.raises(InvalidInput, match="tokenizer"):
         run("geneval", alone, SMALL)
+
+
+def test_every_setting_concerns_some_metric_and_is_one() -> None:
+    taken = {name for metric in METRICS.values() for name in metric.takes}
+    assert taken | {"seed", "batch_size"} == {one.name for one in dataclasses.fields(Settings)}
 
 
 def test_an_unknown_metric_is_refused_with_a_hint(tiny_parts: Parts) -> None:

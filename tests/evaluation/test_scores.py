@@ -14,6 +14,15 @@ def test_binomial_half_width() -> None:
     assert Score.of([True] * 7).half_width == 0
 
 
+def test_mean_of_figures() -> None:
+    flags = [True, False, False, True, True]
+    assert Score.of_values([float(flag) for flag in flags]).to_dict() == Score.of(flags).to_dict()
+    score = Score.of_values([0.8, 0.6] * 50)
+    assert score.with_width == "0.70 ± 0.02"
+    assert score.half_width == pytest.approx(1.96 * 0.1 / 10)
+    assert Score.of_values([]) == Score.of([])
+
+
 def test_mean_of_tasks_is_unweighted() -> None:
     one, other = Score.of([True, False] * 100), Score.of([True] * 50)
     both = Score.mean_of([one, other, Score.of([])])

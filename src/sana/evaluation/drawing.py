@@ -3,21 +3,23 @@
 Legend: B pictures of a batch, U distinct prompts, C latent channels, h w latent size. Pictures are uint8 [256, 256, 3].
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sana.data.cutouts import SIZE
 from sana.engine.decode import decode
+from sana.engine.edits import encode_picture, to_tensor
 from sana.engine.generate import Plan, Reply, denoise
 from sana.engine.images import resize_and_crop, to_pictures
 from sana.engine.parts import Parts
-from sana.engine.predictor import Captions, Predictor
+from sana.engine.predictor import Captions, Control, Predictor
 from sana.engine.request import Request, ResolvedRequest, SamplerName
-from sana.engine.start import drawn_size, sampler_of
-from sana.evaluation.seams import Draw, Picture, Restore
+from sana.engine.start import canvas_of, drawn_size, sampler_of
+from sana.evaluation.seams import Draw, Follow, Picture, Restore
 from sana.flow.path import draw_noise
 from sana.flow.samplers import Step, find_sampler
 from sana.flow.schedules import Grid
@@ -48,6 +50,31 @@ def drawer(parts: Parts, order: ResolvedRequest, *, grid: Grid | None = None) ->
     Raises:
         InvalidInput: a part is missing.
     """
+    draw = _drawer(parts, order, grid)
+    return lambda prompts, seeds: draw(prompts, seeds, ())
+
+
+def follower(parts: Parts, order: ResolvedRequest) -> Follow:
+    """Return a function that draws as that of `drawer` does, each picture under a control picture of its own.
+
+    Raises:
+        InvalidInput: a part is missing, or there is not exactly one control network.
+    """
+    parts.require("controlnet")
+    draw, canvas = _drawer(parts, order, None), canvas_of(parts, order)
+
+    def follow(prompts: list[str], seeds: list[int], pictures: list[Picture]) -> list[Picture]:
+        placed = [to_tensor(canvas.place(Image.fromarray(picture))) for picture in pictures]
+        latents = encode_picture(parts.vae, torch.cat(placed))
+        control = Control(network=parts.controlnet, latents=latents, wiring=parts.effective_card.wiring)
+        return draw(prompts, seeds, (control,))
+
+    return follow
+
+
+def _drawer(
+    parts: Parts, order: ResolvedRequest, grid: Grid | None
+) -> Callable[[list[str], list[int], Sequence[Control]], list[Picture]]:
     parts.require("tokenizer", "text_encoder", "transformer", "vae")
     height, width = drawn_size(parts, order)
     shape = (parts.transformer.config.in_channels, height // parts.compression, width // parts.compression)
@@ -56,16 +83,18 @@ def drawer(parts: Parts, order: ResolvedRequest, *, grid: Grid | None = None) ->
         bound = find_sampler(order.sampler).on(grid)
     guided = order.guidance > 1 and not parts.transformer.config.guidance_embeds
 
-    def draw(prompts: list[str], seeds: list[int]) -> list[Picture]:
+    def draw(prompts: list[str], seeds: list[int], controls: Sequence[Control]) -> list[Picture]:
         captions = _captions(parts, prompts, order.max_prompt_tokens, guided=guided)
-        predictor = Predictor(parts.transformer, bound.grid.timesteps, captions, guidance=order.guidance)
+        predictor = Predictor(
+            parts.transformer, bound.grid.timesteps, captions, guidance=order.guidance, controls=controls
+        )
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
         def noise(_: int) -> Tensor:
             return draw_noise((len(seeds), *shape), generators, device=predictor.device)
 
         scale = order.guidance if guided else 1.0
-        plan = Plan(sampler=bound, latents=noise(0), predictor=predictor, guidance=scale, noise=noise)
+        plan = Plan(sampler=bound, latents=bound.first(noise(0)), predictor=predictor, guidance=scale, noise=noise)
         return _pixels(resize_and_crop(decode(parts.vae, _finished(denoise(plan))), SIZE, SIZE))
 
     return draw

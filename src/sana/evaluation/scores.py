@@ -1,4 +1,4 @@
-"""Shares with their uncertainty, and tables that read as text and as markdown."""
+"""Shares and means with their uncertainty, and tables that read as text and as markdown."""
 
 import math
 import statistics
@@ -25,6 +25,16 @@ class Score:
             return cls(share=None, half_width=0.0, total=0)
         share = sum(flags) / len(flags)
         return cls(share=share, half_width=NORMAL_95 * math.sqrt(share * (1 - share) / len(flags)), total=len(flags))
+
+    @classmethod
+    def of_values(cls, values: Sequence[float]) -> Self:
+        """The mean of one figure per picture, with the half-width 1.96 s / sqrt(n), s their standard deviation."""
+        if not values:
+            return cls(share=None, half_width=0.0, total=0)
+        deviation = statistics.pstdev(values)
+        return cls(
+            share=statistics.fmean(values), half_width=NORMAL_95 * deviation / math.sqrt(len(values)), total=len(values)
+        )
 
     @classmethod
     def mean_of(cls, scores: Sequence["Score"]) -> Self:

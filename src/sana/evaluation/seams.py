@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 Picture = NDArray[np.uint8]
 Draw = Callable[[list[str], list[int]], Iterable[Picture]]
 """Prompts and seeds, one of each per picture, to the pictures."""
+Follow = Callable[[list[str], list[int], list[Picture]], Iterable[Picture]]
+"""Prompts, seeds and control pictures, one of each per picture, to the pictures."""
 Restore = Callable[[list[Picture]], Iterable[Picture]]
 """Pictures through an autoencoder and back."""
 Progress = Callable[[int, int], None]

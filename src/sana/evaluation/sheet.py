@@ -22,7 +22,8 @@ class Panel:
     picture: NDArray[np.uint8]
     tag: str
     caption: str
-    right: bool
+    right: bool | None = None
+    """None where there is nothing to judge."""
 
 
 def draw_sheet(rows: Mapping[str, Sequence[Panel]]) -> Image.Image:
@@ -42,23 +43,29 @@ def draw_sheet(rows: Mapping[str, Sequence[Panel]]) -> Image.Image:
 
 def _draw_panel(sheet: Image.Image, panel: Panel, left: int, top: int) -> None:
     picture = Image.fromarray(panel.picture).resize((SIDE * SCALE, SIDE * SCALE), Image.Resampling.LANCZOS)
-    colour = RIGHT if panel.right else WRONG
-    centre, radius = (SIDE - 14) * SCALE, 9 * SCALE
-    pen = ImageDraw.Draw(picture)
-    pen.ellipse((centre - radius, centre - radius, centre + radius, centre + radius), colour, PAPER, SCALE)
-    tick = ((-0.45, 0.02), (-0.12, 0.36), (0.46, -0.34)) if panel.right else ((-0.36, -0.36), (0.36, 0.36))
-    cross = () if panel.right else ((-0.36, 0.36), (0.36, -0.36))
-    for stroke in (tick, cross):
-        points = [(centre + radius * x, centre + radius * y) for x, y in stroke]
-        if points:
-            pen.line(points, PAPER, 2 * SCALE, joint="curve")
+    if panel.right is not None:
+        _mark(picture, right=panel.right)
     sheet.paste(picture.reduce(SCALE), (left, top))
     font = ImageFont.load_default(12)
     text = ImageDraw.Draw(sheet)
     text.text((left, top + SIDE + 4), panel.tag, FAINT, font)
-    indent = int(font.getlength(panel.tag + "  "))
+    indent = int(font.getlength(panel.tag + "  ")) if panel.tag else 0
     for number, line in enumerate(_wrapped(panel.caption, font, SIDE - indent)[:LINES]):
         text.text((left + indent, top + SIDE + 4 + number * LINE), line, INK, font)
+
+
+def _mark(picture: Image.Image, *, right: bool) -> None:
+    """Draw a tick or a cross into the upper right corner."""
+    colour = RIGHT if right else WRONG
+    centre, radius = (SIDE - 14) * SCALE, 9 * SCALE
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((centre - radius, centre - radius, centre + radius, centre + radius), colour, PAPER, SCALE)
+    tick = ((-0.45, 0.02), (-0.12, 0.36), (0.46, -0.34)) if right else ((-0.36, -0.36), (0.36, 0.36))
+    cross = () if right else ((-0.36, 0.36), (0.36, -0.36))
+    for stroke in (tick, cross):
+        points = [(centre + radius * x, centre + radius * y) for x, y in stroke]
+        if points:
+            pen.line(points, PAPER, 2 * SCALE, joint="curve")
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -136,7 +136,7 @@ class Machine:
                 sparing = self._sparing(only, drawing)
                 parts = load(place, device=self.device, dtype=dtype, variant=variant, **sparing, **absent)
             self._tell_of_memory(parts, terminal)
-            if self.controlnet is not None and only is None:
+            if self.controlnet is not None and (only is None or "controlnet" in only):
                 from sana.apps.cli.controlnets import attach
 
                 attach(parts, self.controlnet, terminal)

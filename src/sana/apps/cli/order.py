@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.apps.cli import arguments, settings
-from sana.apps.cli.arguments import options_of
+from sana.apps.cli.arguments import Group, options_of
 from sana.apps.cli.choosing import CHOOSING
 from sana.apps.cli.choosing import check as check_choosing
 from sana.apps.cli.machine import Machine
@@ -189,23 +189,23 @@ def check_effects(settings: ResolvedRequest, card: Card, given: frozenset[str]) 
 
 
 @contextlib.contextmanager
-def named_as_flags() -> Iterator[None]:
-    """Let errors about fields of the request speak of flags: `steps` becomes --steps."""
+def named_as_flags(groups: Sequence[Group] = ()) -> Iterator[None]:
+    """Let errors about fields of the request, or of other groups, speak of flags: `steps` becomes --steps."""
     try:
         yield
     except InvalidInput as error:
-        raise InvalidInput(told_as_flags(str(error))) from error
+        raise InvalidInput(told_as_flags(str(error), groups)) from error
 
 
-def told_as_flags(text: str) -> str:
+def told_as_flags(text: str, groups: Sequence[Group] = ()) -> str:
     """Return an error's text with flags in the place of fields."""
-    return re.sub(r"`(\w+)`", _as_flag, text)
+    return re.sub(r"`(\w+)`", lambda found: _as_flag(found, (*EVERYTHING, *groups)), text)
 
 
-def _as_flag(found: re.Match[str]) -> str:
+def _as_flag(found: re.Match[str], groups: Sequence[Group]) -> str:
     if found[1] == "prompt":
         return "The prompt" if found.start() == 0 else "the prompt"
-    known = {f.name for group in EVERYTHING for f in dataclasses.fields(group.options)}
+    known = {f.name for group in groups for f in dataclasses.fields(group.options)}
     names = {field: name for name, field in FIELDS.items()}
     return arguments.flag_of(names.get(found[1], found[1])) if found[1] in known else found[0]
 

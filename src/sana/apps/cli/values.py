@@ -95,6 +95,16 @@ def read_seeds(text: str) -> list[int] | None:
     return seeds
 
 
+def read_counts(text: str) -> list[int]:
+    """Read `4` or `1,2,4`."""
+    if not re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", text, re.ASCII):
+        raise InvalidInput(f"takes a number or a list such as 1,2,4, not '{text[:40]}'.")
+    counts = [int(part) for part in text.split(",")]
+    if len(set(counts)) < len(counts):
+        raise InvalidInput(f"names a number twice in '{text[:40]}'.")
+    return counts
+
+
 def read_device(text: str) -> str:
     """Read `auto` or the name of a device, which need not be there."""
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", text):

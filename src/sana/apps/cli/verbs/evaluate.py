@@ -12,6 +12,7 @@ from sana.apps.cli.machine import MACHINE, Machine, introduce
 from sana.apps.cli.names import check_files
 from sana.apps.cli.order import named_as_flags
 from sana.apps.cli.output import Terminal, listed
+from sana.apps.cli.values import read_counts
 from sana.errors import InvalidInput, did_you_mean
 from sana.evaluation import runner
 
@@ -33,15 +34,20 @@ class Files:
 
 def run(words: Sequence[str], terminal: Terminal) -> int:
     """Carry out the verb."""
-    with named_as_flags():
+    with named_as_flags(GROUPS):
         names, given = arguments.read(words, GROUPS, usage=USAGE, description=_description())
         metric = _chosen(names, runner.METRICS)
+        _check_effect(metric, given)
         machine, files = Machine(**arguments.take(Machine, given)), Files(**arguments.take(Files, given))
         settings = runner.Settings(**arguments.take(runner.Settings, given))
         targets = _targets(files)
+        runner.METRICS[metric].check(settings)
+        needs = runner.METRICS[metric].needs
         if machine.card is not None:
-            introduce(machine.card, terminal, parts=runner.METRICS[metric].needs)
-        parts, _ = machine.load(terminal, runner.METRICS[metric].needs)
+            if "controlnet" in needs and machine.card.controlnet is None and machine.controlnet is None:
+                raise runner.without_branch(machine.card.name)
+            introduce(machine.card, terminal, parts=needs)
+        parts, _ = machine.load(terminal, needs)
         began = time.perf_counter()
         with machine.in_use(parts), terminal.count(1, text=metric) as progress:
 
@@ -75,6 +81,16 @@ def _chosen(names: Sequence[str], metrics: Mapping[str, object]) -> str:
     return names[0]
 
 
+def _check_effect(metric: str, given: Mapping[str, object]) -> None:
+    """Raise InvalidInput for what is given but does not concern the metric."""
+    chosen = runner.METRICS[metric]
+    idle = {one for other in runner.METRICS.values() for one in other.takes} - {*chosen.takes}
+    if "controlnet" not in chosen.needs:
+        idle.add("controlnet")
+    for name in sorted(idle & given.keys()):
+        raise InvalidInput(f"`{name}` has no effect on {metric}. Drop it.")
+
+
 def _targets(files: Files) -> list[Path]:
     """Return the files that will be written, checked before hours go into them."""
     targets = []
@@ -88,4 +104,15 @@ def _targets(files: Files) -> list[Path]:
     return targets
 
 
-GROUPS = (Group(title="the measurement", options=runner.Settings), MACHINE, Group(title="the files", options=Files))
+GROUPS = (
+    Group(
+        title="the measurement",
+        options=runner.Settings,
+        spellings={
+            "steps": Spelling(value="N[,N...]", read=read_counts),
+            "against": Spelling(value="FILE.json"),
+        },
+    ),
+    MACHINE,
+    Group(title="the files", options=Files),
+)
