@@ -8,7 +8,7 @@ from command import Sana
 
 from sana import SCMScheduler
 from sana.checkpoints.folder import save_parts
-from sana.engine.angles import angles_in
+from sana.engine.angles import angles_in, keep_angles
 from sana.evaluation import angles
 from tiny_model import make_tiny_parts, tiny_transformer
 
@@ -44,3 +44,16 @@ def test_what_has_no_angles_is_refused(sana: Sana, tmp_path: Path) -> None:
     assert (said.code, "no SANA-Sprint model" in said.err) == (2, True)
     said = sana("angles", "word")
     assert (said.code, "named with -m" in said.err) == (2, True)
+
+
+def test_a_distilled_model_is_measured_at_several_numbers_of_steps(sana: Sana, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", student=True)
+    keep_angles(folder, {1: (1.5, 0.0)})
+    words = ("evaluate", "geneval", "-m", str(folder), "--prompts", "1", "--images", "1")
+    first = sana(*words, "--steps", "1", "-o", "one.json")
+    assert first.code == 0, first.err
+    said = sana(*words, "--steps", "1,2", "--against", "one.json", "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    assert [(one["settings"]["steps"], one["settings"]["sampler"]) for one in told["runs"]] == [(1, "scm"), (2, "scm")]
+    assert told["runs"][0] == json.loads(Path("one.json").read_text())
