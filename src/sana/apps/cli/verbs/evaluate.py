@@ -46,7 +46,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         if machine.card is not None:
             if "controlnet" in needs and machine.card.controlnet is None and machine.controlnet is None:
                 raise runner.without_branch(machine.card.name)
-            introduce(machine.card, terminal, parts=needs)
+            own = [part for part in needs if part != "controlnet" or machine.card.controlnet is not None]
+            introduce(machine.card, terminal, parts=own)
         parts, _ = machine.load(terminal, needs)
         began = time.perf_counter()
         with machine.in_use(parts), terminal.count(1, text=metric) as progress:
