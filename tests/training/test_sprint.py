@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana.errors import InvalidInput
 from sana.flow.schedules import MAX_ANGLE
@@ -237,3 +237,17 @@ def test_wrong_settings_are_one_clear_sentence(changes: dict[str, Any], message:
 def test_compiled_blocks_are_refused(teacher: LinearDiT) -> None:
     with pytest.raises(InvalidInput, match=r"run\.compile does not go with sprint"):
         SprintObjective(SETTINGS, dataclasses.replace(RUN, compile=True), CPU)
+
+
+def test_without_a_tangent_nothing_pulls_at_the_student(teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the weight that adapts to time, nor what bfloat16 rounds otherwise in the pass of the derivative."""
+    monkeypatch.setitem(module.LIMITS, "norm", torch.zeros_like)
+    objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0), RUN, CPU)
+    nn.init.ones_(objective.module.log_variance.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.loss(0)[0].backward()
+    assert objective.module.log_variance.bias.grad is not None
+    assert float(objective.module.log_variance.bias.grad.abs()) > 0
+    gradients = [p.grad for p in objective.student.parameters() if p.grad is not None]
+    assert gradients
+    assert all(not bool(gradient.any()) for gradient in gradients)

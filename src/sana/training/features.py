@@ -83,11 +83,20 @@ class FeatureStore:
     """Computes and reads the features of `scenes` drawn scenes below `folder`."""
 
     def __init__(
-        self, folder: Path, autoencoder: Path, text: Path, scenes: int, captions: int, seed: int, control: str = ""
+        self,
+        folder: Path,
+        autoencoder: Path,
+        text: Path,
+        scenes: int,
+        captions: int,
+        seed: int,
+        control: str = "",
+        terse: float = 0.0,
     ) -> None:
         """Name the store after the encoders, so that features of other weights are never read.
 
-        With `control`, the kind of a control map, the encoded maps of the pictures are computed too.
+        With `control`, the kind of a control map, the encoded maps of the pictures are computed too. A share `terse` of
+        the captions says neither colours nor places, besides those that are drawn so.
         """
         for part in (autoencoder / "config.json", text / "text_encoder" / "config.json"):
             if not part.is_file():
@@ -100,7 +109,9 @@ class FeatureStore:
         self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
         self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.', scale)}-{seed}"
         self.control, self.control_folder = control, folder / f"{control}-{self.latents_folder.name}"
-        self.text_folder = folder / f"text-{fingerprint(text, '', words, *COMPLEX_HUMAN_INSTRUCTION)}-{captions}-{seed}"
+        self.terse, said = terse, f"-terse-{terse}" if terse else ""
+        read = fingerprint(text, "", words, *COMPLEX_HUMAN_INSTRUCTION)
+        self.text_folder = folder / f"text-{read}-{captions}-{seed}{said}"
 
     def compute(self, kind: str = "both") -> Iterator[str]:
         """Compute what is missing ("latents", "text", "control" or all as "both"), yielding the path of every shard
@@ -160,7 +171,7 @@ class FeatureStore:
     def _text_shard(self, shard: int) -> dict[str, Tensor]:
         rows, lengths = [], []
         texts = [
-            caption(scene_of(self.seed, index), random.Random(f"{self.seed}/caption/{index}/{k}")).text
+            self._caption(index, k)
             for index in range(shard * SHARD, (shard + 1) * SHARD)
             for k in range(self.captions)
         ]
@@ -170,6 +181,11 @@ class FeatureStore:
             rows += [row[:size].half() for row, size in zip(encoded.embeds, sizes, strict=True)]
             lengths.append(sizes)
         return {"text": torch.cat(rows), "lengths": torch.cat(lengths).view(-1, self.captions)}
+
+    def _caption(self, index: int, number: int) -> str:
+        rng = random.Random(f"{self.seed}/caption/{index}/{number}")
+        left_out = False if self.terse and rng.random() < self.terse else None
+        return caption(scene_of(self.seed, index), rng, colours=left_out, relation=left_out).text
 
     def null(self) -> Tensor:
         """The unconditional text [1, E]: the empty prompt without the instruction."""

@@ -80,6 +80,7 @@ class ScratchOrigin:
             settings.scenes,
             settings.captions,
             run.seed,
+            terse=settings.terse,
         )
         self.batches: Batches = DrawnBatches(
             self.store, batch_size=run.batch_size, seed=run.seed, dropout=settings.dropout, device=device
@@ -179,6 +180,7 @@ class ModelOrigin:
             settings.captions,
             self.run.seed,
             self.control.kind if settings.train == "controlnet" else "",
+            settings.terse,
         )
         return DrawnBatches(
             store,

@@ -99,6 +99,8 @@ class FlowMatchingSettings:
     """Folder of the drawn world's features; what is missing there is computed first."""
     scenes: int = 49152
     captions: int = 3
+    terse: float = 0.0
+    """Share of the drawn world's captions that name kinds and counts alone, besides the few that are drawn so."""
     dropout: float = 0.1
     """Share of the samples that see the unconditional text."""
     shift: float = 0.0
@@ -132,6 +134,10 @@ class FlowMatchingSettings:
             raise InvalidInput(f"flow_matching.base_dtype is float32 or bfloat16, but not '{self.base_dtype}'.")
         if not 0 <= self.dropout < 1:
             raise InvalidInput(f"flow_matching.dropout must lie in [0, 1), but is {self.dropout}.")
+        if not 0 <= self.terse <= 1:
+            raise InvalidInput(f"flow_matching.terse is a share of the captions, 0 to 1, but is {self.terse}.")
+        if self.terse and self.data:
+            raise InvalidInput("flow_matching.terse is of the drawn world; the captions of [flow_matching.data] stay.")
         if self.shift < 0:
             raise InvalidInput(f"flow_matching.shift must be positive, or 0 for the model's own, but is {self.shift}.")
         if self.snr_gamma != 5.0 and self.weighting != "min-snr":

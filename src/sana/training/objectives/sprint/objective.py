@@ -70,6 +70,7 @@ class SprintObjective:
             features=settings.features,
             scenes=settings.scenes,
             captions=settings.captions,
+            terse=settings.terse,
             dropout=0.0,
             prompts=settings.prompts,
         )
@@ -126,10 +127,13 @@ class SprintObjective:
         with torch.no_grad():
             drift = SIGMA_DATA * guided(self.teacher, text, self._null(text), guidance)(x, t)
         derivative = DERIVATIVES[settings.derivative]
-        value, g = tangent(student, x, t, drift, share, derivative=derivative)
+        _, g = tangent(student, x, t, drift, share, derivative=derivative)
         embedded = self.student.modulation(sigma_from_angle(t), guidance * self.student.config.guidance_embeds_scale)
-        log_variance = self.module.log_variance(embedded.embedded_BD)[:, 0].float()
-        each = weighted(student(x, t), value, LIMITS[settings.limit](g), t, log_variance)
+        # The weight must not train the embedding of time: its slope there is a thousand times that of the jump.
+        log_variance = self.module.log_variance(embedded.embedded_BD.detach())[:, 0].float()
+        predicted = student(x, t)
+        # Its own value as the constant: that of the derivative's pass is rounded otherwise, by as much as g in bfloat16.
+        each = weighted(predicted, predicted.detach(), LIMITS[settings.limit](g), t, log_variance)
         return each.mean(), {"consistency": each.detach().mean(), "tangent": g.square().mean().sqrt()}
 
     def _jump(self, student: Network, latents: Tensor, generator: Generator) -> Tensor:

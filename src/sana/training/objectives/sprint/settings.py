@@ -23,6 +23,8 @@ class SprintSettings:
     """Scenes of the drawn world."""
     captions: int = 2
     """Captions of each scene."""
+    terse: float = 0.0
+    """Share of these captions that name kinds and counts alone."""
     angle_mean: float = 0.2
     """Mean of tau in t = arctan(e^tau / sigma_d), for the consistency loss and the generator's jumps."""
     angle_std: float = 1.6
