@@ -18,7 +18,7 @@ from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
 from sana.training.objectives.sprint import objective as module
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
-from sana.training.objectives.sprint.networks import check_teacher, student_of, tapped, taps_of
+from sana.training.objectives.sprint.networks import check_teacher, go_on, student_of, tapped, taps_of
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from tiny_model import tiny_transformer
@@ -242,7 +242,7 @@ def test_compiled_blocks_are_refused(teacher: LinearDiT) -> None:
 def test_without_a_tangent_nothing_pulls_at_the_student(teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the weight that adapts to time, nor what bfloat16 rounds otherwise in the pass of the derivative."""
     monkeypatch.setitem(module.LIMITS, "norm", torch.zeros_like)
-    objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0), RUN, CPU)
+    objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0, taps=()), RUN, CPU)
     nn.init.ones_(objective.module.log_variance.weight)
     with torch.autocast("cpu", torch.bfloat16):
         objective.loss(0)[0].backward()
@@ -251,3 +251,35 @@ def test_without_a_tangent_nothing_pulls_at_the_student(teacher: LinearDiT, monk
     gradients = [p.grad for p in objective.student.parameters() if p.grad is not None]
     assert gradients
     assert all(not bool(gradient.any()) for gradient in gradients)
+
+
+def test_without_the_adversarial_loss_every_step_is_the_generators(teacher: LinearDiT, tmp_path: Path) -> None:
+    objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0, taps=()), RUN, CPU)
+    heads = {name: value.clone() for name, value in objective.module.heads.state_dict().items()}
+    student = {name: value.clone() for name, value in objective.student.state_dict().items()}
+    for report in Trainer(objective, RUN, OptimizerSettings(warmup=0), tmp_path).steps():
+        assert "consistency" in report.parts
+        assert not {"hinge", "adversarial"} & set(report.parts)
+    assert all(torch.equal(value, heads[name]) for name, value in objective.module.heads.state_dict().items())
+    assert any(not torch.equal(value, student[name]) for name, value in objective.student.state_dict().items())
+    with pytest.raises(InvalidInput, match="taps has no effect with adversarial_weight = 0"):
+        dataclasses.replace(SETTINGS, adversarial_weight=0.0)
+
+
+def test_a_student_goes_on_from_a_distilled_model_of_its_teacher_alone(teacher: LinearDiT) -> None:
+    distilled = student_of(teacher, 1)
+    with torch.no_grad():
+        distilled.proj_out.bias.add_(1.0)
+
+    class Start:
+        name = "distilled"
+
+        def transformer(self, *_: Any) -> LinearDiT:
+            return distilled
+
+    student = student_of(teacher, 0)
+    go_on(student, Start())  # type: ignore[arg-type]
+    assert all(torch.equal(value, distilled.state_dict()[name]) for name, value in student.state_dict().items())
+    distilled = teacher
+    with pytest.raises(InvalidInput, match=r"distilled is no distilled model of this teacher: its \w+ is"):
+        go_on(student, Start())  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ class FeatureStore:
         self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.', scale)}-{seed}"
         self.control, self.control_folder = control, folder / f"{control}-{self.latents_folder.name}"
         self.terse, said = terse, f"-terse-{terse}" if terse else ""
-        read = fingerprint(text, "", words, *COMPLEX_HUMAN_INSTRUCTION)
+        read = fingerprint(text / "text_encoder", "", words, *COMPLEX_HUMAN_INSTRUCTION)
         self.text_folder = folder / f"text-{read}-{captions}-{seed}{said}"
 
     def compute(self, kind: str = "both") -> Iterator[str]:
@@ -171,9 +171,7 @@ class FeatureStore:
     def _text_shard(self, shard: int) -> dict[str, Tensor]:
         rows, lengths = [], []
         texts = [
-            self._caption(index, k)
-            for index in range(shard * SHARD, (shard + 1) * SHARD)
-            for k in range(self.captions)
+            self._caption(index, k) for index in range(shard * SHARD, (shard + 1) * SHARD) for k in range(self.captions)
         ]
         for start in range(0, len(texts), 64):
             encoded = self._encoder.encode(texts[start : start + 64], COMPLEX_HUMAN_INSTRUCTION)

@@ -13,6 +13,7 @@ from sana.errors import InvalidInput
 from sana.flow.path import flow_from_trig, sigma_from_angle
 from sana.models.linear_dit import LinearDiT
 from sana.training.objectives.sprint.trigflow import Network, trig_network
+from sana.training.starting import StartModel
 
 DENSE = 0.001
 """Timestep scale of a model that is told sigma itself: pipelines count 1000 sigma."""
@@ -98,3 +99,20 @@ def student_of(teacher: LinearDiT, seed: int) -> LinearDiT:
     }
     student.load_state_dict(state | fresh)
     return student
+
+
+def go_on(student: LinearDiT, start: StartModel) -> None:
+    """Give a student the weights of a distilled model.
+
+    Errors: InvalidInput for one that was not distilled, or not from such a teacher.
+    """
+    found = start.transformer(student.scale_shift_table.dtype, {})
+    ours, theirs = student.config.to_dict(), found.config.to_dict()
+    differing = [key for key, value in ours.items() if theirs.get(key) != value]
+    if differing:
+        key = differing[0]
+        raise InvalidInput(
+            f"sprint.student {start.name} is no distilled model of this teacher: its {key} is {theirs.get(key)}, not"
+            f" {ours[key]}. Name one that was distilled from it, or leave sprint.student out."
+        )
+    student.load_state_dict(found.state_dict())

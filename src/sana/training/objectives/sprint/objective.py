@@ -24,11 +24,20 @@ from sana.training.config import RunSettings
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
 from sana.training.objectives.sprint.consistency import LIMITS, tangent, weighted
-from sana.training.objectives.sprint.networks import check_teacher, guided, network_of, student_of, tapped, taps_of
+from sana.training.objectives.sprint.networks import (
+    check_teacher,
+    go_on,
+    guided,
+    network_of,
+    student_of,
+    tapped,
+    taps_of,
+)
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import DERIVATIVES, Network, consistent, draw_angles, noised
 from sana.training.objectives.sprint.watching import Watch, write
 from sana.training.origins import ModelOrigin
+from sana.training.starting import StartModel
 
 Text = tuple[Tensor, Tensor]
 
@@ -49,7 +58,7 @@ class SprintObjective:
     """Consistency and adversarial distillation of a flow model."""
 
     name = "sprint"
-    turns = ("generator", "discriminator")
+    turns: tuple[str, ...] = ("generator", "discriminator")
     better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, settings: SprintSettings, run: RunSettings, device: torch.device) -> None:
@@ -81,7 +90,12 @@ class SprintObjective:
         self.taps = settings.taps or taps_of(config.num_layers)
         torch.manual_seed(run.seed)
         self.student = student_of(self.teacher, run.seed).train().requires_grad_(True)
+        if settings.student:
+            go_on(self.student, StartModel(settings.student, device))
         self.module = _Players(self.student, config.inner_dim, len(self.taps), settings.virtual_batch).to(device)
+        if not settings.adversarial_weight:
+            self.turns = ("generator",)
+            self.module.heads.requires_grad_(False)
         self.watch = Watch(self.origin, self.teacher, self.student)
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
@@ -113,6 +127,8 @@ class SprintObjective:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         student = network_of(self.student, (batch.embeds, batch.mask), guidance)
         consistency, logged = self._consistency(student, batch, guidance, generator, share)
+        if not self.settings.adversarial_weight:
+            return self.settings.consistency_weight * consistency, logged
         jumped = self._jump(student, batch.latents, generator)
         adversarial = generator_loss(self._logits(jumped, batch, generator))
         total = self.settings.consistency_weight * consistency + self.settings.adversarial_weight * adversarial
@@ -132,7 +148,7 @@ class SprintObjective:
         # The weight must not train the embedding of time: its slope there is a thousand times that of the jump.
         log_variance = self.module.log_variance(embedded.embedded_BD.detach())[:, 0].float()
         predicted = student(x, t)
-        # Its own value as the constant: that of the derivative's pass is rounded otherwise, by as much as g in bfloat16.
+        # Its own value as the constant: the derivative's pass rounds otherwise, in bfloat16 by as much as g.
         each = weighted(predicted, predicted.detach(), LIMITS[settings.limit](g), t, log_variance)
         return each.mean(), {"consistency": each.detach().mean(), "tangent": g.square().mean().sqrt()}
 

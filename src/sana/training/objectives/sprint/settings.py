@@ -15,6 +15,8 @@ class SprintSettings:
 
     teacher: str
     """Flow model with dense time and normalised queries and keys, as the teacher recipe makes it: folder or name."""
+    student: str = ""
+    """Distilled model to go on from, folder or name; empty starts as a copy of the teacher."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Pictures with captions, as `[flow_matching.data]`; empty is the drawn world."""
     features: str = ""
@@ -40,7 +42,7 @@ class SprintSettings:
     consistency_weight: float = 1.0
     """Weight of the consistency loss."""
     adversarial_weight: float = 0.5
-    """Weight of the generator's adversarial loss."""
+    """Weight of the generator's adversarial loss; 0 leaves the discriminator out, and every step is the generator's."""
     max_time_probability: float = 0.5
     """Share of the generator's jumps that start from pure noise, t = 1.5708, as one-step pictures do."""
     discriminator_mean: float = -0.6
@@ -75,6 +77,11 @@ class SprintSettings:
         for name in ("consistency_weight", "adversarial_weight", "gradient_penalty"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"sprint.{name} must not be negative, but is {getattr(self, name)}.")
+        unused = [name for name in ADVERSARIAL if getattr(self, name) != getattr(SprintSettings, name)]
+        if not self.adversarial_weight and unused:
+            raise InvalidInput(f"sprint.{unused[0]} has no effect with adversarial_weight = 0. Remove one of them.")
+        if not 0 <= self.terse <= 1:
+            raise InvalidInput(f"sprint.terse is a share of the captions, 0 to 1, but is {self.terse}.")
         if not 0 <= self.max_time_probability <= 1:
             raise InvalidInput(
                 f"sprint.max_time_probability must lie in [0, 1], but is {self.max_time_probability}; it is a share of"
@@ -82,3 +89,15 @@ class SprintSettings:
             )
         if not self.data and not self.features:
             raise InvalidInput("The drawn world needs a folder for its features: set sprint.features, or sprint.data.")
+
+
+ADVERSARIAL = (
+    "max_time_probability",
+    "discriminator_mean",
+    "discriminator_std",
+    "taps",
+    "virtual_batch",
+    "misaligned",
+    "gradient_penalty",
+)
+"""Settings of the adversarial loss."""

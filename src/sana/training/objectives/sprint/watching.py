@@ -21,6 +21,7 @@ from sana.flow.schedulers import SCMScheduler
 from sana.flow.schedules import Grid, scm_angles, scm_grid, trig_grid
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
+from sana.training.exports import stored_dtypes
 from sana.training.objectives.sprint.networks import Text, guided, network_of
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import Network
@@ -94,8 +95,9 @@ def _drawn(network: Network, grid: Grid, like: Tensor, solver: Solver = scm) -> 
 
 def write(student: LinearDiT, settings: SprintSettings, folder: Path) -> None:
     """Write the student in place of its teacher's transformer, every part in the dtype that the teacher's has."""
-    loaded = load(settings.teacher, device="cpu", dtype="auto")
-    stored = next(loaded.transformer.parameters()).dtype
+    kinds = stored_dtypes(settings.teacher)
+    loaded = load(settings.teacher, device="cpu", dtype=kinds or "auto")
+    stored = kinds.get("transformer", next(loaded.transformer.parameters()).dtype)
     finished = SanaTransformer2DModel.from_config(student.config)
     finished.load_state_dict(student.state_dict())
     parts: dict[str, Any] = {part: getattr(loaded, part) for part in COMPONENTS}
