@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import sana
 from sana.cards import CARDS, Card
+from sana.checkpoints.built_in import folder_of, part_folder
 from sana.models.controlnet import LinearControlNet
 from sana.models.linear_dit import LinearDiT
 
@@ -37,7 +37,8 @@ PUBLISHED_CONTROL = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_ControlNet_HED": (631_576_960, 162, "97e521c66e3a0d7d"),
 }
 RELEASED = [card for card in CARDS.values() if card.hub_id and card.product != "controlnet"]
-CONTROL = [card for card in CARDS.values() if card.product == "controlnet"]
+CONTROL = [card for card in CARDS.values() if card.hub_id and card.product == "controlnet"]
+BUILT_IN = [card for card in CARDS.values() if card.folder is not None]
 DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -95,7 +96,7 @@ def test_every_card_names_its_original_file() -> None:
         assert file.removesuffix(".pth").removesuffix("_MultiLing") == repository.rpartition("/")[2].removesuffix(
             "_MultiLing"
         )
-    assert CARDS["nano"].original is None
+    assert {card.original for card in BUILT_IN} == {None}
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
@@ -108,6 +109,10 @@ def test_pag_layers_are_those_of_the_original_applications(card: Card) -> None:
 def test_card_is_consistent(card: Card) -> None:
     assert CARDS[card.name] is card
     assert (card.hub_id is None) != (card.folder is None)
+    assert card.home == (card.base if card.is_single_file else card.name)
+    assert CARDS[card.home].base is None or CARDS[card.home].shared
+    assert not card.shared or (card.base in CARDS and card.folder is not None and not card.is_single_file)
+    assert (card.product == "controlnet") == (card.controlnet is not None) == (card.control is not None)
     assert card.base_size == card.transformer.sample_size * card.autoencoder.spatial_compression_ratio
     assert card.transformer.in_channels == card.autoencoder.latent_channels
     assert set(card.dtypes) == {"transformer", "text_encoder", "vae"}
@@ -139,12 +144,28 @@ def test_documented_exceptions() -> None:
     assert {card.guidance for card in RELEASED} == {4.5}
 
 
-def test_built_in_card_is_the_bundled_model() -> None:
-    card = CARDS["nano"]
-    assert card.folder is not None
-    folder = Path(sana.__file__).parent / "assets" / card.folder
-    if not folder.is_dir():
-        pytest.skip("the built-in model is not in this checkout")
-    for part, config in (("transformer", card.transformer), ("vae", card.autoencoder)):
-        values = json.loads((folder / part / "config.json").read_text())
+@pytest.mark.parametrize("card", BUILT_IN, ids=lambda card: card.name)
+def test_built_in_card_is_the_bundled_model(card: Card) -> None:
+    folder = folder_of(card)
+    configs: dict[str, Any] = {"transformer": card.transformer, "vae": card.autoencoder}
+    if card.controlnet is not None:
+        configs["controlnet"] = card.controlnet
+        with torch.device("meta"):
+            branch = LinearControlNet(card.controlnet)
+        assert sum(parameter.numel() for parameter in branch.parameters()) == card.control_params
+    for part, config in configs.items():
+        values = json.loads((part_folder(folder, part) / "config.json").read_text())
         assert type(config).from_dict(values) == config
+    index = json.loads((folder / "model_index.json").read_text())
+    listed = {name for name, entry in index.items() if isinstance(entry, list)}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == listed - set(card.shared)
+    assert set(card.shared) < listed
+    assert index["_sanakit_card"] == card.name
+
+
+def test_what_draws_the_drawn_world_is_what_is_built_in() -> None:
+    assert [card.name for card in CARDS.values() if card.draws_cutouts] == [card.name for card in BUILT_IN]
+    sprint, control, nano = CARDS["nano-sprint"], CARDS["nano-controlnet"], CARDS["nano"]
+    assert sprint.transformer.timestep_scale == 1.0
+    assert (control.transformer, control.params, control.flow_shift) == (nano.transformer, nano.params, nano.flow_shift)
+    assert (control.wiring, control.control) == ("diffusers", "ink")

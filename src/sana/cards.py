@@ -1,125 +1,16 @@
-"""CARDS: one table of every released SANA checkpoint and of the built-in model. Torch-free.
+"""CARDS: one table of every released SANA checkpoint and of the built-in models. Torch-free.
 
 Sources: the model tables of the public documentation (hub ids, variants, dtypes), the model cards (licence, languages,
 limits, bias) and the published configuration files. Parameter counts are those of the transformer.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
+from sana.card import FULL as FULL
+from sana.card import HALF
+from sana.card import Card as Card
 from sana.config import AutoencoderConfig, ControlNetConfig, TransformerConfig
-
-NVIDIA_LICENCE = "NVIDIA licence (NSCL v2-custom) and Gemma terms of use"
-GEMMA_TERMS = ("https://ai.google.dev/gemma/terms", "https://ai.google.dev/gemma/prohibited_use_policy")
-PUBLISHED_LIMITS = (
-    "photographs are not perfectly real",
-    "longer text in a picture is not legible",
-    "hands, fingers and crowded scenes often go wrong",
-    "the autoencoder loses fine detail",
-)
-PUBLISHED_BIAS = "It can repeat, or make stronger, the social biases of its training pictures."
-PUBLISHED_SCOPE = "True pictures of real people or events: it was not trained for facts."
-HALF = {"transformer": "float16", "text_encoder": "bfloat16", "vae": "bfloat16"}
-BFLOAT = {"transformer": "bfloat16", "text_encoder": "bfloat16", "vae": "bfloat16"}
-FULL = {"transformer": "float32", "text_encoder": "float32", "vae": "float32"}
-
-TEXT_ENCODER_PARAMS = 2_614_341_888
-"""Gemma-2-2B without its language head, which every published model brings along."""
-AUTOENCODER_PARAMS = 312_250_275
-"""DC-AE f32c32, encoder and decoder."""
-TOKENIZER_BYTES = 40_000_000
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What must be known about a model before it is loaded, and what it is best run with."""
-
-    name: str
-    """Name on the command line."""
-    transformer: TransformerConfig
-    """Architecture of the diffusion transformer."""
-    params: int
-    """Parameters of the transformer."""
-    base_size: int
-    """Side in pixels of the pictures it was trained on."""
-    hub_id: str | None = None
-    """Repository on the Hugging Face hub; None for a built-in model."""
-    original: str | None = None
-    """The same model as a file of the original code, `hf://organisation/repository/path`; None where there is none."""
-    base: str | None = None
-    """For a model that is published as an original file only: the card whose folder supplies the other parts."""
-    folder: str | None = None
-    """Folder under the package's assets for a built-in model; None for one that is downloaded."""
-    variant: str | None = None
-    """File variant to load, or None where the repository has only plain files."""
-    product: str = "text-to-image"
-    """text-to-image, sprint or controlnet."""
-    controlnet: ControlNetConfig | None = None
-    """Architecture of the control branch."""
-    control_params: int = 0
-    """Parameters of the control branch."""
-    control: str | None = None
-    """Kind of picture that the control branch follows, as `--control` names it."""
-    wiring: str = "diffusers"
-    """How the control branch is wired to the transformer: diffusers, or native as in the original code."""
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    """Architecture of the autoencoder."""
-    flow_shift: float = 3.0
-    """Shift of the sigma grid towards noise; scm has none."""
-    sampler: str = "flow-dpm"
-    """Sampler the model is run with by default: flow-dpm or scm."""
-    dtypes: Mapping[str, str] = field(default_factory=lambda: dict(BFLOAT))
-    """Recommended dtype of each part. The text encoder and the autoencoder break in float16."""
-    steps: int = 20
-    """Default number of steps."""
-    guidance: float = 4.5
-    """Default guidance scale."""
-    pag_layers: tuple[str, ...] = ("transformer_blocks.8",)
-    """Blocks that perturbed-attention guidance perturbs by default."""
-    sizes: tuple[tuple[int, int], ...] | None = None
-    """The only (height, width) it draws; None means any multiple of 32."""
-    languages: tuple[str, ...] = ("en", "zh", "emoji")
-    """What prompts may be written in."""
-    licence: str = NVIDIA_LICENCE
-    """Terms of the weights."""
-    research_only: bool = True
-    """Whether the model card limits use to research."""
-    note: str = ""
-    """What a user should know before choosing it."""
-    limits: tuple[str, ...] = PUBLISHED_LIMITS
-    """What it does badly."""
-    bias: str = PUBLISHED_BIAS
-    """What its training data may have taught it."""
-    not_for: str = PUBLISHED_SCOPE
-    """What it must not be used for, besides what the licence forbids."""
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Where the terms of the weights can be read."""
-        return () if not self.hub_id else (f"https://huggingface.co/{self.hub_id}", *GEMMA_TERMS)
-
-    @property
-    def is_single_file(self) -> bool:
-        """Whether the repository holds an original file and no folder."""
-        return self.base is not None
-
-    @property
-    def download_bytes(self) -> dict[str, int]:
-        """About how many bytes of each part are downloaded: its parameters in the precision they are published in."""
-        if not self.hub_id:
-            return {}
-        counts = {
-            "text_encoder": TEXT_ENCODER_PARAMS,
-            "transformer": self.params,
-            "vae": AUTOENCODER_PARAMS,
-            **({"controlnet": self.control_params} if self.control_params else {}),
-        }
-        own = ("transformer", "controlnet") if self.is_single_file else ()  # the original files are all in float32
-        kinds = {"controlnet": self.dtypes["transformer"], **self.dtypes, **dict.fromkeys(own, "float32")}
-        sizes = {part: count * _BYTES[kinds[part]] for part, count in counts.items()}
-        return {"tokenizer": TOKENIZER_BYTES, **sizes}
-
 
 SANA_AUTOENCODER = AutoencoderConfig(
     encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
@@ -205,21 +96,21 @@ _TEACHER = replace(
 )
 # Small widths, no multi-scale attention; the recipes in recipes/nano train exactly these.
 _NANO_WIDTHS = (16, 16, 64, 128, 256, 256)
+_NANO_BACKBONE: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_cross_attention_heads": 4,
+    "cross_attention_head_dim": 64,
+    "cross_attention_dim": 256,
+    "caption_channels": 192,
+    "mlp_ratio": 2.0,
+    "sample_size": 8,
+    "qk_norm": "rms_norm_across_heads",
+    "interpolation_scale": 1.0,
+}
 _NANO = Card(
     name="nano",
     folder="nano",
-    transformer=TransformerConfig(
-        num_attention_heads=8,
-        num_layers=6,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=64,
-        cross_attention_dim=256,
-        caption_channels=192,
-        mlp_ratio=2.0,
-        sample_size=8,
-        qk_norm="rms_norm_across_heads",
-        interpolation_scale=1.0,
-    ),
+    transformer=TransformerConfig(**_NANO_BACKBONE, num_layers=6),
     params=6_254_624,
     base_size=256,
     autoencoder=AutoencoderConfig(
@@ -242,6 +133,7 @@ _NANO = Card(
     languages=("en", "zh", "emoji"),
     licence="Apache-2.0",
     research_only=False,
+    draws_cutouts=True,
     note="A toy that comes with the package: it draws the paper cut-outs it was trained on, to show that all works.",
     limits=(
         "it knows a few shapes, colours and places, and nothing else",
@@ -249,6 +141,32 @@ _NANO = Card(
     ),
     bias="It saw drawn shapes only: no people, no photographs.",
     not_for="Pictures to be used: it is there to try and to test the program.",
+)
+_NANO_SPRINT = replace(
+    _NANO,
+    name="nano-sprint",
+    folder="nano-sprint",
+    base="nano",
+    shared=("tokenizer", "text_encoder", "vae"),
+    product="sprint",
+    sampler="scm",
+    steps=2,
+    guidance=2.0,
+    transformer=replace(_NANO.transformer, guidance_embeds=True),
+    params=6_386_208,
+    note="A toy, too: nano distilled to draw in one to four steps.",
+)
+_NANO_CONTROL = replace(
+    _NANO,
+    name="nano-controlnet",
+    folder="nano-controlnet",
+    base="nano",
+    shared=("tokenizer", "text_encoder", "vae", "transformer", "scheduler"),
+    product="controlnet",
+    controlnet=ControlNetConfig(**_NANO_BACKBONE, num_layers=3),
+    control_params=3_711_232,
+    control="ink",
+    note="A toy, too: nano with a branch that follows the outlines of a picture, while the prompt decides the colours.",
 )
 
 _CONTROL = replace(
@@ -268,6 +186,8 @@ _CONTROL = replace(
 
 _ALL = (
     _NANO,
+    _NANO_SPRINT,
+    _NANO_CONTROL,
     _BF16,
     _FP16,
     replace(

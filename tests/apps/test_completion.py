@@ -51,7 +51,7 @@ def test_bash_completes_verbs_flags_choices_models_and_files(scripts: dict[str, 
     assert offered("a fox", "--sampler", "") == ["flow-dpm", "flow-euler", "scm"]
     assert offered("a fox", "--dtype", "=", "bf") == ["bfloat16"]
     assert offered("a fox", "--dtype", "=") == ["auto", "float32", "bfloat16", "float16"]
-    assert offered("generate", "-m", "nan") == ["nano"]
+    assert offered("generate", "-m", "nan") == ["nano", "nano-sprint", "nano-controlnet"]
     assert offered("-m", "sana-0") == [name for name in CARDS if name.startswith("sana-0")]
     assert offered("x", "-m", "fold") == ["folder"]
     assert offered("models", "sana-sprint-0") == ["sana-sprint-0.6b-1024"]

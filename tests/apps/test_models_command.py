@@ -96,20 +96,30 @@ def test_one_model_is_told_with_terms_limits_and_bias(sana: Sana) -> None:
     assert "256x256 only" in toy
     assert "download" not in toy
     assert "people" in toy
+    assert "those of" not in toy
+    sprint = " ".join(sana("models", "info", "nano-sprint").out.split())
+    assert "built in; tokenizer, text encoder and autoencoder are those of nano" in sprint
+    assert "2 steps, guidance 2, sampler scm" in sprint
+    control = " ".join(sana("models", "info", "nano-controlnet").out.split())
+    assert "built in; tokenizer, text encoder, autoencoder, transformer and scheduler are those of nano" in control
+    assert "3.7 M of the control network" in control
+    assert "--control ink" in control
 
 
 def test_wrong_names_are_answered_with_the_nearest(sana: Sana) -> None:
-    wrong = sana("models", "sana-spint")
+    wrong = sana("models", "sana-spint-0.6b")
     assert wrong.code == 3
     assert "Did you mean 'sana-sprint" in wrong.err
-    assert "Did you mean 'sana-sprint-1.6b-1024'?" in sana("models", "sprint").err
+    assert "Did you mean 'nano-sprint'?" in sana("models", "nano-spint").err
     assert sana("models", "nano", "nano").code == 2
 
 
 def test_models_as_json(sana: Sana) -> None:
     models = json.loads(sana("models", "--json").out)["models"]
     assert [model["name"] for model in models] == list(CARDS)
-    assert models[0]["built_in"] is True
+    assert [model["name"] for model in models if model["built_in"]] == ["nano", "nano-sprint", "nano-controlnet"]
+    assert (models[1]["base"], models[1]["shared"]) == ("nano", ["tokenizer", "text_encoder", "vae"])
+    assert (models[0]["base"], models[0]["shared"]) == (None, [])
     assert all(model["limits"] and model["bias"] and model["not_for"] for model in models)
     assert all(model["built_in"] or len(model["terms"]) == 3 for model in models)
 

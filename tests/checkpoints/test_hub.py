@@ -11,6 +11,7 @@ from fake_hub import Fault, Hub
 from huggingface_hub import constants
 
 from sana.cards import CARDS
+from sana.checkpoints.built_in import is_built_in
 from sana.checkpoints import hub as module
 from sana.checkpoints.hub import locate
 from sana.checkpoints.layout import missing_files
@@ -298,9 +299,9 @@ def test_a_blob_that_rotted_in_the_cache_is_found_at_loading(get: Any) -> None:
 
 def test_the_folder_of_the_built_in_model_is_known(tmp_path: Path) -> None:
     card = CARDS["nano"]
-    assert module.is_built_in(locate("nano").folder, card)
-    assert not module.is_built_in(tmp_path, card)
-    assert not module.is_built_in(locate("nano").folder, CARDS["sana-1.6b-1024"])
+    assert is_built_in(locate("nano").folder, card)
+    assert not is_built_in(tmp_path, card)
+    assert not is_built_in(locate("nano").folder, CARDS["sana-1.6b-1024"])
 
 
 def test_cut_file_in_the_cache_is_fetched_again_or_named(get: Any, hub: Hub) -> None:

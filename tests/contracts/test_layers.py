@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "sana"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "config", "cards"},
+    {"errors", "config", "card", "cards"},
     {"flow", "nn"},
     {"models", "text", "data", "memory"},
     {"checkpoints"},
@@ -26,7 +26,9 @@ TORCH_FREE = {
     "__init__.py",
     "errors.py",
     "config.py",
+    "card.py",
     "cards.py",
+    "checkpoints/built_in.py",
     "engine/__init__.py",
     "engine/request.py",
     "engine/attachments.py",

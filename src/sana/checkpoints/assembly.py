@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.cards import Card
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.hub import Located
 from sana.checkpoints.layout import (
     LAYOUT_VERSION,
@@ -52,13 +53,13 @@ def assemble(
     chosen = part_variants(base.folder, copied, base.variant or sole_variant(base.folder, copied))
     entries: dict[str, list[str]] = {}
     for name in copied:
-        _copy(base.folder / name, stage / name, name, chosen.get(name), variant)
+        _copy(part_folder(base.folder, name), stage / name, name, chosen.get(name), variant)
         entries[name] = list(listed.get(name) or ("transformers", "AutoTokenizer"))
     entries |= {name: ["diffusers", type(module).__name__] for name, module in modules.items()}
     sprint = bool(modules["transformer"].config.guidance_embeds)
     told = listed.get("scheduler")
     if sampler is None and card is None and told is not None and sprint == (told[1] == SCMScheduler.__name__):
-        _copy(base.folder / "scheduler", stage / "scheduler", "scheduler", None, None)
+        _copy(part_folder(base.folder, "scheduler"), stage / "scheduler", "scheduler", None, None)
         entries["scheduler"] = list(told)
     else:
         sampler = sampler or (card.sampler if card is not None else "scm" if sprint else "flow-dpm")

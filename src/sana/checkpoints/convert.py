@@ -17,6 +17,7 @@ from sana.cards import Card
 from sana.checkpoints import hub
 from sana.checkpoints.assembly import OTHERS, SAMPLERS, assemble, write_scheduler
 from sana.checkpoints.bounds import shown
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.folder import OPTIONAL, load_parts, save_parts
 from sana.checkpoints.hub import Located
 from sana.checkpoints.layout import (
@@ -202,7 +203,7 @@ def _unpacked(task: Conversion, found: Original, dtype: torch.dtype | None) -> C
         _refuse({"--base": task.base is not None, "--scheduler": task.scheduler is not None}, "IN is an autoencoder")
     where = {name: value for name, value in task.where.items() if name != "revision"}
     base = hub.locate(task.base, parts=(*OTHERS, "scheduler"), **where) if task.base is not None else None
-    missing = [name for name in OTHERS if base is not None and not (base.folder / name).is_dir()]
+    missing = [name for name in OTHERS if base is not None and not part_folder(base.folder, name).is_dir()]
     if base is not None and missing:
         raise ModelNotFound(f"{base.folder} is no folder of a pipeline: it has no {missing[0]}.")
     modules: dict[str, Any] = {part: found.build(part, PARTS[part], dtype=dtype) for part in found.models}
@@ -267,7 +268,7 @@ def _model_folders(task: Conversion, folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{folder} holds a {what}, which cannot be converted; {', '.join(kinds)} can.")
         found[kinds[named]] = folder
     else:
-        part = task.part or ("transformer" if (folder / "transformer").is_dir() else "vae")
+        part = task.part or ("transformer" if part_folder(folder, "transformer").is_dir() else "vae")
         found[part] = inside(folder, part)
         if part == "transformer" and (folder / "controlnet" / "config.json").is_file():
             found["controlnet"] = inside(folder, "controlnet")
@@ -317,13 +318,13 @@ def _folder_of(task: Conversion, folder: Path, dtype: torch.dtype | None) -> Con
     if (folder / MODEL_INDEX).is_file() and task.part is None:
         parts = _pipeline(task, folder, dtype)
         index = read_json(folder / MODEL_INDEX)
-        notes = {key: value for key, value in index.items() if key.startswith("_") and isinstance(value, str)}
-        kind = notes.pop("_class_name", "SanaPipeline")
+        notes = {key: value for key, value in index.items() if key.startswith("_") and isinstance(value, str | dict)}
+        kind = notes.pop("_class_name", None)
         notes.pop("_diffusers_version", None)
         save_parts(
             task.target,
             parts,
-            class_name=kind,
+            class_name=kind if isinstance(kind, str) else "SanaPipeline",
             variant=task.variant,
             max_shard_size=task.max_shard_size,
             notes=notes,
@@ -351,7 +352,8 @@ def _pipeline(task: Conversion, folder: Path, dtype: torch.dtype | None) -> dict
     variants = part_variants(folder, listed, task.from_variant)
     ours = [name for name in listed if name in PARTS] if dtype is None else []
     own = {name: _load(inside(folder, name), variants[name], None, name) for name in ours}
-    pickled = any(_is_pickled(folder / name, name, variants.get(name)) for name in listed if name not in own)
+    others = {name: part_folder(folder, name) for name in listed if name not in own}
+    pickled = any(_is_pickled(place, name, variants.get(name)) for name, place in others.items())
     # Named by itself, the text encoder is not kept out of float16 either, in which it may be stored.
     return load_parts(
         folder,

@@ -9,6 +9,7 @@ import torch
 
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.bounds import shown
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, find_weights, index_parts, part_of, part_variants
 from sana.checkpoints.pretrained import (
@@ -78,7 +79,7 @@ def load_parts(
     variants = part_variants(root, classes, variant)
     # Absent files show before any is read, those of our own models first: callers know the wording of that message.
     for name in sorted(variants, key=lambda name: part_of(name).stem or ""):
-        find_weights(root / name, part_of(name), variants[name], use_safetensors)
+        find_weights(part_folder(root, name), part_of(name), variants[name], use_safetensors)
     places = {name: device.get(name, "cpu") if isinstance(device, Mapping) else device for name in classes}
     quantized = for_parts(quantization_config)
     for name in quantized:
@@ -87,17 +88,17 @@ def load_parts(
     dtypes = part_dtypes(root, torch_dtype, variants, known, use_safetensors, places)
     parts: dict[str, Any] = {name: components.get(name) for name in known}
     for name, class_name in classes.items():
-        part_folder, part_variant = inside(root, name), variants.get(name)
+        place, part_variant = inside(root, name), variants.get(name)
         if class_name in TOKENIZERS:
-            parts[name] = load_tokenizer(part_folder, class_name)
+            parts[name] = load_tokenizer(place, class_name)
         elif class_name in SCHEDULERS:
-            parts[name] = SCHEDULERS[class_name].from_folder(part_folder)
+            parts[name] = SCHEDULERS[class_name].from_folder(place)
         else:
             more: dict[str, Any] = {"device": places[name], "quantization": quantized.get(name)}
-            parts[name] = _load_weighted(part_folder, class_name, dtypes[name], part_variant, use_safetensors, **more)
-        _log.info("loaded %s as %s from %s", name, class_name, part_folder)
+            parts[name] = _load_weighted(place, class_name, dtypes[name], part_variant, use_safetensors, **more)
+        _log.info("loaded %s as %s from %s", name, class_name, place)
     if {"tokenizer", "text_encoder"} <= classes.keys():
-        check_vocabulary(parts["tokenizer"], parts["text_encoder"], root / "tokenizer")
+        check_vocabulary(parts["tokenizer"], parts["text_encoder"], part_folder(root, "tokenizer"))
     return parts
 
 
@@ -155,7 +156,8 @@ def part_dtypes(
     """Choose the dtype of each part in `variants`.
 
     Text encoder and autoencoder overflow in float16. Unless float16 is asked for by their own name they get bfloat16
-    instead, and one warning is logged. A part stored in float16 that no dtype was asked for gets float32 on a CPU.
+    instead, and one warning is logged. A part stored in float16 that no dtype was asked for gets float32 on a CPU. A
+    control network that is not named follows the transformer.
     Errors: InvalidInput for an unknown dtype, or a part name that is not in `known`.
     """
     named = choice if isinstance(choice, Mapping) else {"default": choice}
@@ -166,9 +168,11 @@ def part_dtypes(
     chosen: dict[str, torch.dtype] = {}
     softened: list[str] = []
     for name, variant in variants.items():
-        wanted = named.get(name, named.get("default"))
+        usual = named.get("transformer", named.get("default")) if name == "controlnet" else named.get("default")
+        wanted = named.get(name, usual)
         if wanted == "auto" or (wanted is None and name == "text_encoder"):
-            chosen[name] = stored_dtype(inspect(find_weights(root / name, part_of(name), variant, use_safetensors)))
+            weights = find_weights(part_folder(root, name), part_of(name), variant, use_safetensors)
+            chosen[name] = stored_dtype(inspect(weights))
         else:
             chosen[name] = as_dtype(wanted) or torch.float32
         if chosen[name] != torch.float16 or name not in NO_FLOAT16 or name in named:

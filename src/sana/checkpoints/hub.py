@@ -4,7 +4,6 @@ Local first: when the cached snapshot of the wanted revision has all the files t
 Otherwise exactly the needed files are fetched with `huggingface_hub`, which resumes, locks and caches.
 """
 
-import importlib.resources
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from sana.cards import CARDS, Card
+from sana.checkpoints.built_in import installed
 from sana.checkpoints.digests import hub_digest, verify
 from sana.checkpoints.hub_errors import folder_hint, not_served
 from sana.checkpoints.layout import MODEL_INDEX, missing_files, part_of, read_json, wanted_files
@@ -35,7 +35,7 @@ class Located:
     """Where a model lies, and what its name already says about it."""
 
     folder: Path
-    """Local folder in the published layout."""
+    """Local folder in the published layout; `built_in.part_folder` tells where its parts are."""
     variant: str | None = None
     """Variant to load: the caller's, or the one the card of a short name recommends."""
     card: Card | None = None
@@ -101,9 +101,9 @@ def locate(
     if not str(name).strip():  # as a path it would be the working folder
         raise _unknown(name)
     card = _card_of(str(name))
-    # The built-in model goes before a folder of its name, which is spelled ./name or given as a Path.
+    # A built-in model goes before a folder of its name, which is spelled ./name or given as a Path.
     if card is not None and card.folder is not None and not (isinstance(name, Path) and path.is_dir()):
-        return Located(folder=_built_in(card), variant=variant or card.variant, card=card)
+        return Located(folder=installed(card), variant=variant or card.variant, card=card)
     if path.is_dir():
         return Located(folder=path, variant=variant, card=card)
     if path.is_file() and single:
@@ -196,24 +196,8 @@ def upload(folder: Path, repo: str, *, private: bool | None, token: str | bool |
     return str(made.commit_url)
 
 
-def is_built_in(folder: Path, card: Card) -> bool:
-    """Tell whether a folder is the one in the package that holds the model of a card, not just one that names it."""
-    return card.folder is not None and folder.resolve() == _asset(card).resolve()
-
-
 def _card_of(name: str) -> Card | None:
     return CARDS.get(name) or next((card for card in CARDS.values() if name == card.hub_id), None)
-
-
-def _built_in(card: Card) -> Path:
-    folder = _asset(card)
-    if not folder.is_dir():
-        raise ModelNotFound(f"The built-in model '{card.name}' is not part of this installation: install it again.")
-    return folder
-
-
-def _asset(card: Card) -> Path:
-    return Path(str(importlib.resources.files("sana"))) / "assets" / str(card.folder)
 
 
 def _unknown(name: str | Path) -> ModelNotFound:

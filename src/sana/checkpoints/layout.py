@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.foreign import first_line, foreign
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
 
@@ -147,9 +148,10 @@ def part_variants(folder: Path, parts: Iterable[str], variant: str | None) -> di
     weighted = [name for name in parts if part_of(name).stem]
     if variant is None:
         return dict.fromkeys(weighted)
-    chosen = {name: variant if _has_variant(_names(folder / name), name, variant) else None for name in weighted}
+    there = {name: _names(part_folder(folder, name)) for name in weighted}
+    chosen = {name: variant if _has_variant(there[name], name, variant) else None for name in weighted}
     if weighted and not any(chosen.values()):
-        available = sorted({found for name in weighted for found in _variants(_names(folder / name), part_of(name))})
+        available = sorted({found for name in weighted for found in _variants(there[name], part_of(name))})
         raise no_such_variant(variant, available)
     return chosen
 
@@ -161,7 +163,7 @@ def sole_variant(folder: Path, parts: Iterable[str]) -> str | None:
     """
     common: set[str] | None = None
     for name in parts:
-        part, names = part_of(name), _names(folder / name)
+        part, names = part_of(name), _names(part_folder(folder, name))
         if part.stem is None or not names.isdisjoint(part.names(None, "safetensors")):
             continue
         found = set(_variants({file for file in names if ".safetensors" in file}, part))
@@ -193,17 +195,17 @@ def missing_files(
     there = [name for name, entry in listed.items() if entry is not None]
     parts = there if parts is None else [*parts, *(name for name in optional if name in there and name not in parts)]
     for name in parts:
-        part = part_of(name)
+        part, place = part_of(name), part_folder(folder, name)
         prefix = f"{name}/" if name else ""
-        if not (folder / name / part.config).is_file():
+        if not (place / part.config).is_file():
             missing.append(prefix + part.config)
         if part.stem is None:
             continue
         wanted = variant
-        if plain_will_do and variant and not _has_variant(_names(folder / name), name, variant):
+        if plain_will_do and variant and not _has_variant(_names(place), name, variant):
             wanted = None
         try:
-            find_weights(folder / name, part, wanted, use_safetensors)
+            find_weights(place, part, wanted, use_safetensors)
         except (CheckpointError, ModelNotFound):
             missing.append(prefix + part.names(wanted, "safetensors")[0])
     return tuple(missing)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sana.cards import CARDS, Card
+from sana.checkpoints.built_in import shared_folders
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -125,9 +126,16 @@ def files_of(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def model_files(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the files of a model, those of shared parts last, each with the folder that its name is told from."""
+    yield from ((path, folder) for path in sorted(files_of(folder)))
+    for place in shared_folders(folder):
+        yield from ((path, place.parents[1]) for path in sorted(files_of(place)))
+
+
 def part_sizes(folder: Path) -> dict[str, int]:
-    """Return part -> bytes of its files; what lies in the folder itself is of the part ""."""
-    sizes: dict[str, int] = {}
+    """Return part -> bytes of its files, shared or not; what lies in the folder itself is of the part ""."""
+    sizes = {place.name: sum(part_sizes(place).values()) for place in shared_folders(folder)}
     for path in files_of(folder):
         parent = path.relative_to(folder).parent.as_posix()
         part = "" if parent == "." else parent.split("/")[0]

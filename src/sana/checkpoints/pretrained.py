@@ -12,6 +12,7 @@ from torch import nn
 
 from sana.checkpoints import hub
 from sana.checkpoints.bounds import check_config
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.layout import LAYOUT_VERSION, MODEL_INDEX, ROOT, Weights, find_weights, part_of, read_json
 from sana.checkpoints.original.examine import examine, examine_tensors
 from sana.checkpoints.original.settings import open_fields
@@ -356,13 +357,13 @@ class SanaTransformer2DModel(GradientCheckpointing, PretrainedMixin, LinearDiT):
 
 
 def inside(folder: Path, subfolder: str | None) -> Path:
-    """Return a part's folder, with an interrupted save finished.
+    """Return a part's folder, shared or not, with an interrupted save finished.
 
     Errors: InvalidInput for a `subfolder` that leads out of the folder.
     """
     if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise InvalidInput(f"subfolder is {subfolder!r}; it must name a folder inside the model's.")
-    place = folder / (subfolder or ROOT)
+    place = part_folder(folder, subfolder or ROOT)
     recover(folder)
     recover(place)
     if place.is_dir():

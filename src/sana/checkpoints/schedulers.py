@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sana.checkpoints import hub
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.layout import LAYOUT_VERSION, part_of, read_json
 from sana.checkpoints.storage import recover, write_json
 from sana.errors import CheckpointError, InvalidInput
@@ -27,9 +28,9 @@ class SchedulerFiles(Face):
         Errors: ModelNotFound; CheckpointError for settings that the class does not support.
         """
         root = hub.locate(pretrained_model_name_or_path, parts=(subfolder or "scheduler",), **where).folder
-        folder = root / subfolder if subfolder else root
+        folder = part_folder(root, subfolder) if subfolder else root
         if not subfolder and not (folder / _FILE).is_file():
-            folder = root / "scheduler"
+            folder = part_folder(root, "scheduler")
         return cls.from_folder(folder)
 
     @classmethod

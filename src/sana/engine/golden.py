@@ -6,13 +6,15 @@ weights could not be had where this was written nothing is kept, and the check s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sana.engine.generate import generate
 from sana.engine.parts import Parts
-from sana.engine.request import Request, Result
+from sana.engine.request import ControlRequest, Request, Result
 from sana.flow.samplers import Step
 from sana.text.gemma import prepare_prompt
 from sana.text.instruction import tokenize
@@ -36,7 +38,7 @@ class Golden:
     """What one run of a model gave."""
 
     request: Mapping[str, object]
-    """Fields of the request."""
+    """Fields of the request; a model with a control network follows `sketch` besides."""
     tokens: tuple[int, ...]
     """Tokens of the prompt alone."""
     latents: tuple[float, ...]
@@ -86,7 +88,9 @@ def verify(parts: Parts) -> tuple[Finding, ...]:
 
 def observe(parts: Parts, request: Mapping[str, object]) -> Golden:
     """Return what a model gives now: the golden values that would be kept for it."""
-    order = Request(**request)  # type: ignore[arg-type]
+    kind: Any = parts.effective_card.control or "map"
+    controls = (ControlRequest(kind=kind, image=sketch()),) if parts.controlnets else ()
+    order = Request(**request, controls=controls)  # type: ignore[arg-type]
     latents, result = _run(parts, order)
     places = torch.linspace(0, latents.numel() - 1, SAMPLES).round().long()
     picture = result.images[0].convert("RGB").resize((THUMBNAIL, THUMBNAIL), resample=4)  # the mean of each box
@@ -97,6 +101,15 @@ def observe(parts: Parts, request: Mapping[str, object]) -> Golden:
         latents=tuple(round(float(value), 5) for value in latents.flatten()[places]),
         pixels=picture.tobytes(),
     )
+
+
+def sketch() -> Image.Image:
+    """Return the picture that a control network follows: a disc above a box, whose edges are where it shall draw."""
+    picture = Image.new("RGB", (256, 256), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((80, 32, 176, 112), fill="grey")
+    pen.rectangle((64, 152, 192, 224), fill="grey")
+    return picture
 
 
 def _run(parts: Parts, request: Request) -> tuple[Tensor, Result]:

@@ -70,6 +70,8 @@ def at_depth(card: Card, config: TransformerConfig, params: int) -> Card | None:
         pag_layers=tuple(_moved(layer, card.transformer.num_layers, config.num_layers) for layer in card.pag_layers),
         hub_id="",
         folder=None,
+        base=None,
+        shared=(),
     )
 
 

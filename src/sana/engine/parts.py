@@ -13,8 +13,9 @@ import torch
 import sana
 from sana.cards import CARDS, Card
 from sana.checkpoints import hub
+from sana.checkpoints.built_in import is_built_in
 from sana.checkpoints.folder import COMPONENTS, OPTIONAL, DtypeChoice, load_parts
-from sana.checkpoints.hub import Located, is_built_in
+from sana.checkpoints.hub import Located
 from sana.checkpoints.original.loading import base_folder, load_single_file
 from sana.engine.adapters import Adapters
 from sana.engine.angles import Angles, angles_in

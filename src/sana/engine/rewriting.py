@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sana.checkpoints import hub
+from sana.checkpoints.built_in import part_folder, shared_folders
 from sana.checkpoints.original.examine import original_tensors
 from sana.checkpoints.original.keymap import transformer_keys
 from sana.checkpoints.original.loading import load_single_file
@@ -51,7 +52,7 @@ def rewrite(
     if place.exists() and place.samefile(source):
         raise InvalidInput(f"'{place}' is the model itself. Give another target.")
     transformer = _transformer(located)
-    piped = located.file is None and (located.folder / PART).is_dir()
+    piped = located.file is None and part_folder(located.folder, PART).is_dir()
     change(transformer, located.folder if piped else None)
     if to_file:
         _write_file(transformer, place)
@@ -67,7 +68,7 @@ def _transformer(located: hub.Located) -> Any:
         if made is None:
             raise CheckpointError(f"{located.file} holds no transformer, which is what this is about.")
         return made
-    part = PART if (located.folder / PART).is_dir() else None
+    part = PART if part_folder(located.folder, PART).is_dir() else None
     return SanaTransformer2DModel.from_pretrained(
         located.folder, subfolder=part, torch_dtype="auto", variant=located.variant
     )
@@ -84,7 +85,7 @@ def _write_pipeline(transformer: Any, source: Path, place: Path, variant: str | 
     """Copy all parts of a pipeline but the transformer, which is written anew."""
     leftovers: list[Leftovers] = []
     with saving(place, leftovers) as stage:
-        for entry in sorted(source.iterdir()):
+        for entry in sorted([*source.iterdir(), *shared_folders(source)]):
             if entry.name.startswith(".") or entry.name == PART:
                 continue
             if entry.is_dir():

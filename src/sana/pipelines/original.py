@@ -127,7 +127,7 @@ class _Facade:
         card = self.config.card()
         dtypes = recommended_dtypes(found.card or card, self.device) if self.dtype == "card" else self.dtype
         single = load_examined(found, dtype=dtypes, device=self.device)
-        others = self.base or folder or (found.base.name if found.base else card.base or card.name)
+        others = self.base or folder or (found.base.name if found.base else card.home)
         return load(others, device=self.device, dtype=dtypes, transformer=single.transformer, **where)
 
     def _scheduler(self) -> Any:

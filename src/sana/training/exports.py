@@ -8,6 +8,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from sana.cards import Card
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import COMPONENTS, save_parts
 from sana.checkpoints.hub import locate
@@ -88,7 +89,7 @@ def stored_dtypes(start: str) -> dict[str, torch.dtype]:
         return {}
     found: dict[str, torch.dtype] = {}
     for part in ("text_encoder", "transformer", "vae"):
-        files = sorted((located.folder / part).glob("*.safetensors"))
+        files = sorted(part_folder(located.folder, part).glob("*.safetensors"))
         if files:
             found[part] = read_header(files[0])[0].dtype
     return found

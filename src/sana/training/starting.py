@@ -9,6 +9,7 @@ import torch
 
 from sana.cards import Card
 from sana.checkpoints.autoencoder import AutoencoderDC
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.folder import COMPONENTS
 from sana.checkpoints.hub import locate
 from sana.checkpoints.original.loading import base_folder
@@ -127,12 +128,12 @@ class StartModel:
                 f"{self.name} has an architecture that no published model has, so its encoders are unknown; put it"
                 " into the folder of its model."
             )
-        return self.card.base or self.card.name
+        return self.card.home
 
     @functools.cached_property
     def folder(self) -> Path:
         """The folder in which the encoders lie."""
-        return locate(self.home, parts=ENCODERS).folder
+        return part_folder(locate(self.home, parts=ENCODERS).folder, "vae").parent
 
 
 def _without(names: tuple[str, ...]) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def cached(card: Card, parts: Collection[str] | None = None) -> Cached:
     size = repository_size(card.hub_id)
     if not size and library.find(card.hub_id, folder()) is None:
         return Cached(complete=False, size=0)
-    if card.base is not None:  # one file of its own; what else it needs comes from another model's folder
-        base = cached(CARDS[card.base], base_parts(card))
+    if card.is_single_file:  # what else it needs comes from another model's folder
+        base = cached(CARDS[card.home], base_parts(card))
         rest = download_size(card, base_parts(card)) if base.complete else 0
         return Cached(complete=base.complete and is_here(card.name, None, None), size=size + rest)
     return Cached(complete=_is_loadable(card.hub_id, card.variant, parts), size=size)
@@ -63,8 +63,8 @@ def fetch(name: str, revision: str | None, variant: str | None, *, offline: bool
 
     here = folder()
     located = locate(name, revision=revision, variant=variant, cache_dir=here, local_files_only=offline, single=True)
-    if located.file is not None and located.card is not None and located.card.base is not None:
-        base, parts = CARDS[located.card.base], tuple(base_parts(located.card))
+    if located.file is not None and located.card is not None and located.card.is_single_file:
+        base, parts = CARDS[located.card.home], tuple(base_parts(located.card))
         locate(base.name, parts=parts, cache_dir=here, local_files_only=offline)
     return located
 

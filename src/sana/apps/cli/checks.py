@@ -16,6 +16,7 @@ import sana
 from sana.apps.cli import cache
 from sana.apps.cli.thumbnail import protocol
 from sana.cards import CARDS
+from sana.checkpoints.built_in import missing_parts
 
 Answers = dict[str, dict[str, Any]]
 """What the probes and the hub said: stage -> {"facts": ...} or {"error": ...}."""
@@ -167,8 +168,17 @@ def check_cache(answers: Answers) -> list[Check]:
             fact = f"{card.name}: {cache.said(state.size)} of about {cache.said(cache.download_size(card))} are here"
             lines.append(Check("model", "amiss", fact, f'sana -m {card.name} "a red fox"'))
     if len(lines) == 1:
-        lines.append(Check("model", "good", "only the built-in one is here"))
+        lines.append(Check("model", "good", "only the built-in ones are here"))
     return lines
+
+
+def check_built_in(answers: Answers) -> list[Check]:
+    """The models that come inside the package, with all their parts."""
+    cards = [card for card in CARDS.values() if card.folder is not None]
+    faults = [f"{card.name} lacks its {lost[0]}" for card in cards if (lost := missing_parts(card))]
+    if faults:
+        return [Check("built in", "amiss", "; ".join(faults), f"{pip()} install --force-reinstall --no-deps sanakit")]
+    return [Check("built in", "good", f"{', '.join(card.name for card in cards)}: all their parts are here")]
 
 
 def check_hub(answers: Answers) -> list[Check]:
@@ -309,6 +319,7 @@ CHECKS: tuple[Callable[[Answers], list[Check]], ...] = (
     check_transformers,
     check_compiler,
     check_memory,
+    check_built_in,
     check_cache,
     check_hub,
     check_settings,

@@ -25,7 +25,7 @@ class Choosing:
     """Draw N candidates from the seed on, and keep the best, or the best --count."""
     judge: Annotated[str | None, Spelling(value="NAME")] = None
     """Who judges them: exact (nano's world), clip or clip:MODEL, or MODULE:FUNCTION of prompt and picture; left out,
-    exact for nano, clip for others."""
+    exact for the built-in models, clip for others."""
 
 
 CHOOSING = Group(title="the best of many", options=Choosing)
@@ -65,7 +65,7 @@ class Judges:
         """
         from sana.evaluation.judges import find_judge
 
-        drawn = parts.card is not None and parts.card.name == "nano"
+        drawn = parts.card is not None and parts.card.draws_cutouts
         word = settings.get("judge") or ("exact" if drawn else "clip")
         if word not in self._known:
             with _importing_from_here():

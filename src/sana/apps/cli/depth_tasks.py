@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sana.apps.cli.known import DEFAULT_MODEL, check_model, millions
+from sana.apps.cli.known import check_model, millions
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.options import picture_keys
 from sana.apps.cli.output import Terminal, listed
@@ -84,7 +84,7 @@ def _drawn_world(model: str, parts: Any) -> Sequence[str]:
     Raises:
         InvalidInput: it is another one, and only its user knows what it should go on drawing.
     """
-    if parts.card is None or parts.card.name != DEFAULT_MODEL:
+    if parts.card is None or not parts.card.draws_cutouts:
         raise InvalidInput(f"What does {model} draw? Name a file with a prompt in each line, about 100: --prompts FILE")
     from sana.evaluation.prompts import TASKS, all_prompts
 

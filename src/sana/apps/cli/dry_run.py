@@ -14,6 +14,7 @@ from sana.apps.cli.output import Terminal, duration, printable
 from sana.apps.cli.sizing import Sizing
 from sana.apps.cli.values import runs_of, seeds_text
 from sana.cards import CARDS, Card
+from sana.checkpoints.built_in import part_folder
 from sana.config import AutoencoderConfig, TransformerConfig
 from sana.engine import estimate
 from sana.engine.estimate import TextShape
@@ -215,7 +216,7 @@ def _text_shape(order: Order) -> TextShape | None:
 
 
 def _config(folder: Path, part: str) -> dict[str, Any]:
-    return _json(folder / part / "config.json")
+    return _json(part_folder(folder, part) / "config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import sana
 from sana.apps.cli import cache
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.known import DEFAULT_MODEL, TOY, check_model, millions, terms
 from sana.apps.cli.output import Terminal, listed
 from sana.apps.cli.values import bytes_of, read_bytes, read_device
 from sana.cards import CARDS, FULL, Card
+from sana.checkpoints.built_in import folder_of
 from sana.errors import InvalidInput, OutOfMemory, SanaError
 
 if TYPE_CHECKING:
     from sana.engine.parts import Parts
     from sana.engine.request import Request
 
-ASSETS = Path(sana.__file__).parent / "assets"
 MAX_THREADS = 1024
 SMALL_MODEL = 50_000_000
 """Below this many parameters a second thread costs more than it brings."""
@@ -85,9 +84,9 @@ class Machine:
 
     @property
     def built_in(self) -> Path | None:
-        """The folder of the built-in model, if that was named."""
+        """The folder of a built-in model, if one was named."""
         card = CARDS.get(self.model)
-        return ASSETS / card.folder if card is not None and card.folder is not None else None
+        return folder_of(card) if card is not None and card.folder is not None else None
 
     @property
     def source(self) -> str:
@@ -233,7 +232,8 @@ def introduce(card: Card, terminal: Terminal, name: str | None = None, parts: Co
         remark = f": {TOY}" if card.folder is not None else f", {terms(card)}"
         terminal.say(f"{name} has the architecture and the limits of {card.name} ({facts}){remark}.")
     elif card.folder is not None:
-        terminal.say(f"{card.name} is the built-in model ({facts}): {TOY}. For others: sana models")
+        which = "the built-in model" if card.base is None else "a built-in model"
+        terminal.say(f"{card.name} is {which} ({facts}): {TOY}. For others: sana models")
     elif card.hub_id:
         terminal.introduced.add(card.hub_id)
         if cache.is_offline() or cache.cached(card, parts).complete:

@@ -83,12 +83,13 @@ def _part_of_folder(found: "TensorFile") -> str:
 
 
 def _folder(file: str, path: Path) -> Page:
+    from sana.checkpoints.built_in import part_folder
     from sana.checkpoints.layout import MODEL_INDEX, index_parts, part_of, read_json, sole_variant
 
     if (path / MODEL_INDEX).is_file():
         parts = [name for name, entry in index_parts(path).items() if entry is not None and part_of(name).stem]
         variant = sole_variant(path, parts)
-        made = {name: _part(path / name, name, variant) for name in parts}
+        made = {name: _part(part_folder(path, name), name, variant) for name in parts}
         card = read_json(path / MODEL_INDEX).get("_sanakit_card")
         rows = {
             "kind": "the folder of a model",

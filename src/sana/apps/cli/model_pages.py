@@ -19,6 +19,8 @@ def facts(card: Card) -> dict[str, Any]:
         "hub_id": card.hub_id,
         "original": card.original,
         "built_in": card.folder is not None,
+        "base": card.base,
+        "shared": list(card.shared),
         "here": state.complete,
         "bytes_here": state.size,
         "download_bytes": cache.download_size(card),
@@ -61,7 +63,7 @@ def table(cards: Sequence[Card]) -> str:
 def page(card: Card) -> str:
     """Return all about a known model."""
     rows: dict[str, str | Sequence[str]] = {
-        "where": "built in" if card.folder else f"huggingface.co/{card.hub_id}",
+        "where": _where(card) if card.folder else f"huggingface.co/{card.hub_id}",
         "download": _download(card),
         "here": _here(card),
         "kind": card.product,
@@ -115,13 +117,19 @@ def _place(card: Card) -> str:
     return "here" if cache.cached(card).complete else cache.said(cache.download_size(card))
 
 
+def _where(card: Card) -> str:
+    """Return where a built-in model is, and which of its parts are another's."""
+    if not card.shared:
+        return "built in"
+    *first, last = (_CALLED.get(part, part) for part in card.shared)
+    return f"built in; {', '.join(first)} and {last} are those of {card.base}"
+
+
 def _download(card: Card) -> str:
     if card.folder is not None:
         return ""
-    parts = {name.replace("_", " "): size for name, size in card.download_bytes.items() if name != "tokenizer"}
-    named = {"vae": "autoencoder", "controlnet": "control network"}
-    parts = {named.get(name, name): size for name, size in parts.items()}
-    sizes = ", ".join(f"{name} {cache.said(size)}" for name, size in parts.items())
+    parts = {name: size for name, size in card.download_bytes.items() if name != "tokenizer"}
+    sizes = ", ".join(f"{_CALLED.get(name, name)} {cache.said(size)}" for name, size in parts.items())
     shared = f"; text encoder and autoencoder are those of {card.base}" if card.base else ""
     return f"about {cache.said(cache.download_size(card))} ({sizes}){shared}"
 
@@ -151,6 +159,7 @@ def _sizes(card: Card) -> str:
     return f"{card.base_size}x{card.base_size}, or other shapes of that area"
 
 
+_CALLED = {"text_encoder": "text encoder", "vae": "autoencoder", "controlnet": "control network"}
 ADVICE = """\
 To draw with one: sana -m NAME "PROMPT"
 Its terms and limits: sana models info NAME; to fetch it: sana models pull NAME"""

@@ -67,11 +67,12 @@ def verify(name: str, revision: str | None, terminal: Terminal) -> dict[str, Any
         if Path(name).expanduser().is_dir() or library.card_of(name) is None:
             raise
         raise ModelNotFound(f"{name} is not whole on this computer. To fetch it: sana models pull {name}") from error
-    paths = [located.file] if located.file is not None else sorted(library.files_of(located.folder))
+    whole = library.model_files(located.folder) if located.file is None else [(located.file, located.folder)]
+    paths = list(whole)
     checked = []
-    with terminal.count(max(sum(path.stat().st_size for path in paths if path.exists()), 1)) as progress:
-        for path in paths:
-            checked.append(one := library.check_file(path, located.folder))
+    with terminal.count(max(sum(path.stat().st_size for path, _ in paths if path.exists()), 1)) as progress:
+        for path, folder in paths:
+            checked.append(one := library.check_file(path, folder))
             progress.move(progress.done + one.size, progress.total, one.name)
             if one.state == "damaged":
                 terminal.result(f"damaged  {one.name}: {one.why}")
@@ -84,13 +85,19 @@ def verify(name: str, revision: str | None, terminal: Terminal) -> dict[str, Any
     terminal.draft = report
     damaged = [one.name for one in checked if one.state == "damaged"]
     if damaged:
-        again = "copy it again" if Path(name).expanduser().is_dir() else f"sana models rm {name}, then pull it again"
-        raise CheckpointError(f"{len(damaged)} of the {len(checked)} files of {name} are damaged. Mend it: {again}.")
+        mend = _mending(name, located.card)
+        raise CheckpointError(f"{len(damaged)} of the {len(checked)} files of {name} are damaged. Mend it: {mend}.")
     size = cache.said(sum(one.size for one in checked))
     unknown = f", {states.count('unknown')} carry no digest" if "unknown" in states else ""
     terminal.result(f"files    {states.count('whole')} of {len(checked)} are as they were saved ({size}){unknown}")
     report["golden"] = _golden(name, terminal)
     return report
+
+
+def _mending(name: str, card: Card | None) -> str:
+    if card is not None and card.folder is not None:
+        return "install sanakit again"
+    return "copy it again" if Path(name).expanduser().is_dir() else f"sana models rm {name}, then pull it again"
 
 
 def _golden(name: str, terminal: Terminal) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sana.cards import CARDS
 from sana.checkpoints import hub
+from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.lora.dialects import Reading
 from sana.checkpoints.lora.files import Header, judge
@@ -72,7 +73,7 @@ def _config(model: str | Path) -> TransformerConfig:
     if card is not None:
         return card.transformer
     folder = hub.locate(model, parts=("transformer",)).folder
-    part = "transformer" if (folder / "transformer").is_dir() else None
+    part = "transformer" if part_folder(folder, "transformer").is_dir() else None
     return TransformerConfig.from_dict(read_json(inside(folder, part) / "config.json"))
 
 

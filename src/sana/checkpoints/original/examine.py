@@ -62,7 +62,7 @@ class Original:
         if "transformer" not in self.models:
             return None
         found = self.card or _nearest(self.models["transformer"].config)
-        return CARDS.get(found.base or found.name, found) if found else None
+        return CARDS.get(found.home, found) if found else None
 
     def build(
         self, part: str, module_type: type[_Module], *, dtype: torch.dtype | None, device: torch.device | str = "cpu"

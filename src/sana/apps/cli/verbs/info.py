@@ -86,7 +86,8 @@ def _page(file: str, metadata: Metadata) -> tuple[dict[str, Any], dict[str, str]
     except InvalidInput as error:
         return document, {**label, "settings": shortened(str(error), LONGEST_ERROR)}
     again = replay_of(file)
-    line = command(request, metadata.model.get("source") or metadata.model.get("name", ""), _dtype(metadata.model))
+    model = metadata.model
+    line = command(request, model.get("source") or model.get("name", ""), _dtype(model), model.get("controlnet"))
     document |= {"dialect": "sanakit", "again": again, "command": line}
     rows = {**_own(request), "chosen": _chosen(metadata), **_model(metadata.model), **label}
     return document, {**rows, "again": again, "command": line}
@@ -136,7 +137,7 @@ def _nearest_model(settings: Settings) -> str:
     return min(NEAREST, key=lambda card: abs(math.log(area) - 2 * math.log(CARDS[card].base_size)))
 
 
-def command(request: Request, model: str, dtype: str | None = None) -> str:
+def command(request: Request, model: str, dtype: str | None = None, controlnet: str | None = None) -> str:
     """Return the command line that carries out a request with a model, leaving out what is so by default.
 
     It says nothing of device, threads and versions; a folder, pictures and adapters must still be where they were.
@@ -148,6 +149,7 @@ def command(request: Request, model: str, dtype: str | None = None) -> str:
     words += [prompt] if prompt and not prompt.startswith("-") else []
     words += ["--model", model] if model and model != DEFAULT_MODEL else []
     words += ["--dtype", dtype] if dtype else []
+    words += ["--controlnet", controlnet] if controlnet else []
     words += ["--size", f"{width}x{height}"] if width and height else []
     if request.sampler != "scm" and request.guidance is not None and request.guidance < 1:
         values["guidance"] = 1.0  # the same picture, and the command refuses less

@@ -54,7 +54,7 @@ class Options:
     seed: int = 0
     """Start of the random numbers of new blocks (grow)."""
     prompts: Annotated[str | None, Spelling(value="FILE")] = None
-    """Prompts to rank the blocks with, about 100, read as `sana batch` does (prune); nano has its own."""
+    """Prompts to rank the blocks with, about 100, read as `sana batch` does (prune); built-in models have their own."""
     steps: int | None = None
     """Denoising steps to rank them over; left out, what the model's card recommends (prune)."""
     force: bool = False
