@@ -11,8 +11,8 @@ from fake_hub import Fault, Hub
 from huggingface_hub import constants
 
 from sana.cards import CARDS
-from sana.checkpoints.built_in import is_built_in
 from sana.checkpoints import hub as module
+from sana.checkpoints.built_in import is_built_in
 from sana.checkpoints.hub import locate
 from sana.checkpoints.layout import missing_files
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound
