@@ -43,7 +43,7 @@ def test_info(sana: Sana, fox: Path) -> None:
         "kind LoRA, dialect peft",
         "rank 2; alpha 6",
         "layers 48 in 6 blocks, width 256",
-        "fits nano",
+        "fits nano, nano-sprint, nano-controlnet",
     ):
         assert line in lines, said.out
     assert "attn1.to_q x6" in said.out
