@@ -14,7 +14,7 @@ from tiny_model import tiny_transformer
 def test_a_model_told_time_on_another_scale_predicts_nearly_the_same() -> None:
     model: LinearDiT = tiny_transformer(timestep_scale=0.004)
     before = copy.deepcopy(model)
-    assert retime(model, 0.004, 0.001, steps=300) < 0.15
+    assert retime(model, 0.004, 0.001, steps=600) < 0.15
     generator = torch.Generator().manual_seed(0)
     x, text = torch.randn(4, 4, 4, 4, generator=generator), torch.randn(4, 3, 32, generator=generator)
     sigma = torch.tensor([0.1, 0.4, 0.7, 1.0])
@@ -34,7 +34,6 @@ def test_the_fit_is_deterministic() -> None:
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-@pytest.mark.slow
 def test_the_built_in_model_becomes_a_teacher_without_fine_tuning() -> None:
     start = StartModel("nano", torch.device("cpu"))
     base, dense = (start.transformer(torch.float32, changes) for changes in ({}, {"timestep_scale": 0.001}))
@@ -45,3 +44,11 @@ def test_the_built_in_model_becomes_a_teacher_without_fine_tuning() -> None:
     with torch.no_grad():
         wanted, found = base(x, text, 1000 * sigma)[0], dense(x, text, sigma)[0]
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    # Weights that cancel each other would not survive rounding: bfloat16 keeps eight bits of them.
+    rounded = copy.deepcopy(dense).to(torch.bfloat16).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        autocast = dense(x, text, sigma)[0].float()
+    with torch.no_grad():
+        near = rounded(x, text, sigma)[0]
+    assert float((near - found).norm() / found.norm()) < 0.02
+    assert float((autocast - found).norm() / found.norm()) < 0.03
