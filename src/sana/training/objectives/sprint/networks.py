@@ -74,7 +74,7 @@ def check_teacher(transformer: LinearDiT, name: str) -> None:
         raise InvalidInput(
             f"{name} is no teacher yet: it needs dense time and normalised queries and keys. Fine-tune it with"
             ' [flow_matching.model] timestep_scale = 0.001 and qk_norm = "rms_norm_across_heads" first, as'
-            " recipes/nano/4-teacher.toml does."
+            " recipes/nano/5-teacher.toml does."
         )
 
 

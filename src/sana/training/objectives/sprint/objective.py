@@ -96,7 +96,7 @@ class SprintObjective:
         if not settings.adversarial_weight:
             self.turns = ("generator",)
             self.module.heads.requires_grad_(False)
-        self.watch = Watch(self.origin, self.teacher, self.student)
+        self.watch = Watch(self.origin, self.teacher, self.student, settings.guidance)
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """The student and its log-variance, or the heads."""

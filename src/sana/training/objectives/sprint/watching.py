@@ -3,7 +3,7 @@
 Shapes: B batch, C latent channels, h w latent size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from sana.training.objectives.sprint.trigflow import Network
 from sana.training.origins import ModelOrigin
 from sana.training.previews import sheet
 
-GUIDANCE = 4.5
 WATCHED = 32
 """Held-out texts that are looked at."""
 TEACHER_STEPS = 20
@@ -37,9 +36,10 @@ TEACHER_STEPS = 20
 class Watch:
     """Pictures and figures of a student beside its teacher."""
 
-    def __init__(self, origin: ModelOrigin, teacher: LinearDiT, student: LinearDiT) -> None:
-        """Nothing is computed yet."""
+    def __init__(self, origin: ModelOrigin, teacher: LinearDiT, student: LinearDiT, guidance: Sequence[float]) -> None:
+        """Nothing is computed yet; of the scales that are taught the middle one is looked at."""
         self.origin, self.teacher, self.student = origin, teacher, student
+        self.guidance = sorted(guidance)[len(guidance) // 2]
         self._shown: Batch | None = None
         self._known: tuple[Text, Tensor] | None = None
 
@@ -51,7 +51,7 @@ class Watch:
             if batch is None:
                 return {}
             text = (batch.embeds[:WATCHED], batch.mask[:WATCHED])
-            scale = torch.full((len(text[0]),), GUIDANCE, device=text[0].device)
+            scale = torch.full((len(text[0]),), self.guidance, device=text[0].device)
             angles = scm_angles(TEACHER_STEPS, intermediate_timesteps=None)
             like = batch.latents[:WATCHED]
             taught = _drawn(guided(self.teacher, text, null(text), scale), trig_grid(angles), like, flow_euler)
@@ -72,7 +72,7 @@ class Watch:
         return sheet([self.origin.decode(latents) for latents in drawn])
 
     def _network(self, text: Text) -> Network:
-        return network_of(self.student, text, torch.full((len(text[0]),), GUIDANCE, device=text[0].device))
+        return network_of(self.student, text, torch.full((len(text[0]),), self.guidance, device=text[0].device))
 
 
 def _drawn(network: Network, grid: Grid, like: Tensor, solver: Solver = scm) -> Tensor:
