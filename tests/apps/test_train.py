@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,12 +235,16 @@ def test_a_dry_run_tells_memory_and_time_and_trains_nothing(sana: Sana) -> None:
     said = sana("train", write("recipes/toy/small.toml", SMALL), "--dry-run", "--json")
     assert said.code == 0, said.err
     (told,) = json.loads(said.out)["stages"]
-    parts = [told[kind] for kind in ("weights", "gradients", "optimizer", "average", "activations")]
+    parts = [told[kind] for kind in ("weights", "frozen", "gradients", "optimizer", "average", "activations")]
     assert told["total"] == sum(parts)
     assert told["optimizer"] == 2 * told["gradients"]
     assert told["seconds"] > 0
     assert not Path("runs").exists()
-    assert "MB (weights " in sana("train", "recipes/toy/small.toml", "--dry-run").out
+    table = sana("train", "recipes/toy/small.toml", "--dry-run").out.splitlines()
+    assert re.fullmatch(r"small: 0\.\d\d GiB at most, beside the program itself; .+ for \d+ steps", table[0])
+    assert [line.split(" GiB  ")[1].split()[0] for line in table[1:]] == [
+        "weights", "states", "averaged", "gradients", "activations"
+    ]  # fmt: skip
 
 
 def test_evaluate_prints_the_table_and_writes_the_report(

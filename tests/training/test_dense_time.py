@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 
 from sana.models.linear_dit import LinearDiT

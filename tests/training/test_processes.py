@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import Regression, game, settings
+from test_loop import Game, Regression, game, settings
 from torch import Tensor, multiprocessing, nn
 
 from sana.checkpoints.tensors import read_tensors
@@ -56,13 +56,14 @@ def blocks(folder: Path, stop: int | None = None, **changes: object) -> Trainer:
     return trainer
 
 
-def join(rank: int, folder: Path, timeout: float = 60.0) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+def join(rank: int, folder: Path, timeout: float = 60.0, world: int = 2) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     from datetime import timedelta
 
     meeting = f"file://{folder}/meeting"
     torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=timeout)
+        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
     )
 
 
@@ -71,8 +72,8 @@ def leave() -> None:
     torch.distributed.destroy_process_group()
 
 
-def beside(rank: int, task: Callable[[int, Path], None], folder: Path) -> None:
-    join(rank, folder)
+def beside(rank: int, task: Callable[[int, Path], None], folder: Path, world: int = 2) -> None:
+    join(rank, folder, world=world)
     task(rank, folder)
     leave()
 
@@ -105,10 +106,20 @@ def stopped(rank: int, folder: Path) -> None:
     assert seen == [1, 2, 3, 4, 5, 6, 7]
 
 
+def players(folder: Path, **changes: object) -> None:
+    """A generator and a discriminator, each with AdamW of its own settings."""
+    first, second = OptimizerSettings(lr=1e-2, warmup=0), OptimizerSettings(lr=1e-3, clip=0.5, warmup=0)
+    trainer = Trainer(Game(), settings(**changes), first, folder, second, rebuild=Game)
+    assert all(step.loss > 0 for step in trainer.steps())
+    assert {turn for _, turn, _ in trainer.objective.seen} == {"generator", "discriminator"}  # type: ignore[attr-defined]
+
+
 def all_of_it(rank: int, folder: Path) -> None:
     blocks(folder / "copies")
     blocks(folder / "micro", accumulate=2)
     game(folder / "game")
+    players(folder / "players copied")
+    players(folder / "players split", shard=True)
     split = blocks(folder / "split", shard=True)
     split.export(folder / "split" / "export")
     blocks(folder / "resumed", stop=5, shard=True)
@@ -149,6 +160,50 @@ def test_two_processes_walk_as_one(tmp_path: Path, pair: Path) -> None:
     assert torch.equal(exported["frozen.weight"], one.objective.module["frozen"].weight)  # type: ignore[index]
     best = dict(read_tensors(pair / "split" / "best" / "module.safetensors"))
     assert best["first.weight"].shape == (31, 32)
+
+
+def test_two_players_whose_weights_are_split_walk_as_one(tmp_path: Path, pair: Path) -> None:
+    players(tmp_path / "alone", accumulate=2)
+    whole, expected = state(tmp_path / "alone"), losses(tmp_path / "alone")
+    assert expected[0] != expected[-1]
+    for name in ("players copied", "players split"):
+        assert losses(pair / name) == pytest.approx(expected, abs=1e-5), name
+        found = state(pair / name)
+        assert found.keys() == whole.keys()
+        for key, tensor in whole.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+
+
+def by_four(rank: int, folder: Path) -> None:
+    blocks(folder / "copies")
+    blocks(folder / "split", shard=True)
+    blocks(folder / "from two")
+    blocks(folder / "to one", stop=5)
+    seen = game(folder / "order").objective.seen  # type: ignore[attr-defined]
+    (folder / f"draws-{rank}").write_text(json.dumps([draw for draw, _, _ in seen]))
+
+
+def by_two(rank: int, folder: Path) -> None:
+    blocks(folder / "from two", stop=5, accumulate=2)
+
+
+@pytest.mark.slow
+def test_four_processes_walk_as_one_and_go_on_with_the_runs_of_two(tmp_path: Path) -> None:
+    for name, task, world in (("two", by_two, 2), ("four", by_four, 4)):
+        (tmp_path / name).mkdir()
+        if world == 4:
+            (tmp_path / "two" / "from two").rename(tmp_path / "four" / "from two")
+        multiprocessing.spawn(beside, args=(task, tmp_path / name, world), nprocs=world)  # type: ignore[no-untyped-call]
+    four = tmp_path / "four"
+    blocks(four / "to one", accumulate=4)
+    blocks(tmp_path / "one", accumulate=4)
+    whole, expected = state(tmp_path / "one"), losses(tmp_path / "one")
+    for name in ("copies", "split", "from two", "to one"):
+        assert losses(four / name) == pytest.approx(expected, abs=1e-5), name
+        for key, tensor in state(four / name).items():
+            torch.testing.assert_close(tensor, whole[key], rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
+    draws = [json.loads((four / f"draws-{rank}").read_text()) for rank in range(4)]
+    assert [draw for step in zip(*draws, strict=True) for draw in step] == list(range(4 * len(draws[0])))
 
 
 def test_a_non_finite_loss_of_one_process_is_refused_by_all(pair: Path) -> None:
@@ -198,6 +253,8 @@ def test_split_weights_need_company_and_adamw(tmp_path: Path) -> None:
     muon = OptimizerSettings(name="muon")
     with pytest.raises(InvalidInput, match=r"run.shard needs optimizer.name = 'adamw'; muon reads whole matrices"):
         Trainer(Blocks(), settings(shard=True), muon, tmp_path, rebuild=Blocks)
+    with pytest.raises(InvalidInput, match=r"run.shard needs discriminator_optimizer.name = 'adamw'; muon reads"):
+        Trainer(Game(), settings(shard=True), ADAMW, tmp_path, muon, rebuild=Game)
     with pytest.raises(InvalidInput, match="give `rebuild`"):
         Trainer(Blocks(), settings(shard=True), ADAMW, tmp_path)
 

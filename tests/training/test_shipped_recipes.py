@@ -1,11 +1,14 @@
 """The recipes of the repository: each is read, and means what its objective can do."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from sana import SanaSprintPipeline
 from sana.cards import CARDS
+from sana.errors import InvalidInput
 from sana.training.config import build, load_recipe
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.start import OBJECTIVES, start
@@ -57,3 +60,43 @@ def test_the_recipes_of_published_sizes_run_on_the_built_in_model(kind: str, tmp
         assert math.isfinite(step.loss)
     trainer.export(tmp_path / "export")
     assert any((tmp_path / "export").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_sprint_of_published_sizes_goes_from_the_built_in_model_over_its_teacher_to_a_student(tmp_path: Path) -> None:
+    data = {"size": "256", "path": str(ROOT / "examples" / "data" / "pictures"), "held_out": "2", "least_best": "0.0"}
+    common = {"run.steps": "2", "run.batch_size": "2", "run.accumulate": "2", "run.evaluate_every": "2"}
+    for name, table, begun in (
+        (
+            "sprint-teacher",
+            "flow_matching",
+            {"flow_matching.start": "nano", "flow_matching.model": "{timestep_scale = 0.001}"},
+        ),
+        ("sprint", "sprint", {"sprint.teacher": str(tmp_path / "sprint-teacher" / "export")}),
+    ):
+        own = {f"{table}.data.{key}": value for key, value in data.items()}
+        own |= {f"{table}.data.features": str(tmp_path / "features"), **common, **begun}
+        recipe = load_recipe(ROOT / "recipes" / "sana-1.6b" / f"{name}.toml", own)
+        trainer = start(recipe, tmp_path / name)
+        assert all(math.isfinite(step.loss) for step in trainer.steps())
+        trainer.export(tmp_path / name / "export")
+    index = json.loads((tmp_path / "sprint" / "export" / "model_index.json").read_text())
+    assert index["_class_name"] == "SanaSprintPipeline"
+    student = SanaSprintPipeline.from_pretrained(tmp_path / "sprint" / "export")
+    adapter = tmp_path / "adapter" / "export"
+    lora = {
+        "start": str(tmp_path / "sprint-teacher" / "export"),
+        **{f"data.{key}": value for key, value in data.items()},
+    }
+    lora |= {"data.features": str(tmp_path / "features")}
+    recipe = ROOT / "recipes" / "sana-1.6b" / "sprint-lora.toml"
+    trainer = start(load_recipe(recipe, common | {f"flow_matching.{k}": v for k, v in lora.items()}), adapter.parent)
+    assert all(math.isfinite(step.loss) for step in trainer.steps())
+    trainer.export(adapter)
+    student.load_lora_weights(adapter)
+    assert student.get_list_adapters()["transformer"]
+    lora["start"] = str(tmp_path / "sprint" / "export")
+    with pytest.raises(
+        InvalidInput, match=r"is distilled to one to four steps, and flow matching would undo that\. Start"
+    ):
+        start(load_recipe(recipe, common | {f"flow_matching.{k}": v for k, v in lora.items()}), tmp_path / "undone")

@@ -13,6 +13,7 @@ from sana.config import ControlNetConfig
 from sana.errors import InvalidInput
 from sana.models.controlnet import LinearControlNet
 from sana.models.linear_dit import LinearDiT
+from sana.nn.placement import placed_like
 
 
 class ControlNetSettings(ControlNetConfig, FieldMapping):
@@ -44,7 +45,7 @@ class SanaControlNetModel(GradientCheckpointing, PretrainedMixin, LinearControlN
         names = {field.name for field in dataclasses.fields(ControlNetConfig)}
         fields: dict[str, Any] = {k: v for k, v in transformer.config.to_dict().items() if k in names}
         weight = transformer.scale_shift_table
-        branch = cls(**{**fields, "num_layers": num_layers}).to(weight.device, weight.dtype)
+        branch = placed_like(cls(**{**fields, "num_layers": num_layers}), weight)
         state = {
             name.replace("time_embed.timestep_embedder.", "time_embed.emb.timestep_embedder."): tensor
             for name, tensor in transformer.state_dict().items()

@@ -15,10 +15,14 @@ def inference(x: Tensor) -> bool:
 
 
 def learning(*tensors: Tensor) -> bool:
-    """Whether gradients of these will be asked for on a CPU, in plain reverse mode, so they may be written by hand."""
+    """Whether gradients of these will be asked for on a CPU, in plain reverse mode, so they may be written by hand.
+
+    Tensors of other classes, such as those without values that a rehearsal for an accelerator computes with, answer
+    False.
+    """
     return (
         torch.is_grad_enabled()
-        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and all(tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and any(tensor.requires_grad for tensor in tensors)
         and not torch.compiler.is_compiling()
         and not transformed()

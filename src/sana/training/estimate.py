@@ -1,7 +1,8 @@
-"""What a run will need, told before it: memory by kind, and time, from one micro-batch that trains nothing."""
+"""What a run will need, told before it: memory by kind, and time, from micro-batches that train nothing."""
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.ledger import Ledger, bytes_of
 from sana.training.objectives.base import Objective
 from sana.training.optimizers import is_matrix
-from sana.training.players import Players
+from sana.training.players import check_players, let_learn
 from sana.training.processes import Processes
 
 SMALLEST_8BIT = 4096
@@ -19,6 +21,11 @@ SMALLEST_8BIT = 4096
 BLOCK_8BIT = 256
 MAP_8BIT = 2 * 256 * 4
 """Bytes of the two tables of what a byte means."""
+GATHERED = 3
+"""Times a whole block that split weights are put together to: this one, the next one, and its gradients."""
+
+Walk = Callable[[int, str], object]
+"""(number of a micro-batch, turn): forward and back once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,63 +33,126 @@ class Estimate:
     """Bytes by kind on one device, and seconds for all steps without looking and saving."""
 
     weights: int
+    """What learns, and what is saved beside it."""
+    frozen: int
+    """What the gradients only pass through."""
     gradients: int
     optimizer: int
     average: int
     activations: int
-    seconds: float
+    """What a micro-batch keeps beside the gradients, at the moment of most, in the turn that needs most."""
+    encoders: int = 0
+    """Encoders that stay beside the training, because nothing was computed before it."""
+    previews: int = 0
+    """What drawing previews takes in the place of gradients and activations."""
+    seconds: float | None = None
+    """None where only a run can tell."""
 
     @property
     def total(self) -> int:
         """Bytes of everything at the moment at which most is kept."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        held = self.weights + self.frozen + self.optimizer + self.average + self.encoders
+        return held + max(self.gradients + self.activations, self.previews)
 
 
 def estimate(
     objective: Objective, run: RunSettings, optimizer: OptimizerSettings, second: OptimizerSettings | None = None
 ) -> Estimate:
-    """Run two micro-batches of the first turn forward and back, and count; no weight changes, nothing is written."""
+    """Run micro-batches of every turn forward and back, and count; no weight changes, nothing is written."""
     device = next(objective.module.parameters()).device
-    processes, players = Processes(objective, run, device), Players(objective, run, optimizer, second, run.batch_size)
-    turn = players.take_turn(0)
+    processes = Processes(objective, run, device)
+
+    def walk(draw: int, turn: str) -> None:
+        processes.loss(draw, turn, is_last=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return counted(objective, run, optimizer, second, walk, processes.world, timed=True)
+
+
+def counted(
+    objective: Objective,
+    run: RunSettings,
+    optimizer: OptimizerSettings,
+    second: OptimizerSettings | None,
+    walk: Walk,
+    world: int,
+    *,
+    timed: bool,
+) -> Estimate:
+    """Return what one of `world` processes needs for an objective whose turns `walk` walks.
+
+    Errors: InvalidInput for settings that do not fit the players.
+    """
+    check_players(objective, run, optimizer, second)
     objective.module.train()
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in objective.module.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        processes.loss(0, turn, is_last=True)
-    began = time.perf_counter()
-    processes.loss(1, turn, is_last=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = (time.perf_counter() - began) * run.accumulate * run.steps
-    players.drop_gradients(turn)
-    states = sum(state_bytes(players.settings[each].name, players.owned[each]) for each in players.turns)
-    first = players.owned[players.turns[0]]
+    frozen = _outside(objective)
+    owned = {turn: dict(objective.parameters_of(turn)) for turn in objective.turns}
+    first, share = objective.turns[0], world if run.shard else 1
+    settings = {turn: optimizer if turn == first else second or optimizer for turn in objective.turns}
+    known = [*objective.module.parameters(), *objective.module.buffers(), *frozen]
+    needs, seconds = [], 0.0
+    for draw, (turn, mine) in enumerate(owned.items()):
+        if len(owned) > 1:
+            let_learn(objective.module, mine.values())
+        gradients = bytes_of(mine.values())
+        again = run.accumulate > 1
+        needs.append((gradients, _beside_gradients(known, mine, again, functools.partial(walk, 2 * draw, turn))))
+        began = time.perf_counter()
+        if timed:
+            walk(2 * draw + 1, turn)
+        seconds += (time.perf_counter() - began) * run.accumulate * run.steps / len(owned)
+        for p in mine.values():
+            p.grad = None
+    gradients, activations = max(needs, key=sum)
+    # Copies average their gradients out of buckets, which are as large; pieces put whole blocks together at times.
+    buckets = gradients if world > 1 and not run.shard else 0
+    gathered = GATHERED * _largest_block(objective.module) if run.shard else 0
     return Estimate(
-        weights=_bytes(dict(objective.module.named_parameters())) + _bytes(dict(objective.module.named_buffers())),
-        gradients=max(_bytes(owned) for owned in players.owned.values()),
-        optimizer=states,
-        average=4 * sum(p.numel() for p in first.values()) if run.ema else 0,
-        # The way back holds the gradients of the largest ones, of what comes in and of what goes out, beside them.
-        activations=sum(kept.values()) + 2 * max(kept.values(), default=0),
-        seconds=seconds,
+        weights=_piece(bytes_of([*objective.module.parameters(), *objective.module.buffers()]), share),
+        frozen=bytes_of(frozen),
+        gradients=_piece(gradients, share) + buckets,
+        optimizer=_piece(sum(state_bytes(settings[turn].name, mine) for turn, mine in owned.items()), share),
+        average=_piece(4 * sum(p.numel() for p in owned[first].values()), share) if run.ema else 0,
+        activations=activations + gathered,
+        seconds=seconds if timed else None,
     )
+
+
+def _beside_gradients(
+    known: list[Tensor], mine: Mapping[str, nn.Parameter], again: bool, walk: Callable[[], object]
+) -> int:
+    """Return the most bytes that a micro-batch, the first or one after it, holds beside the gradients of `mine`."""
+    if again:  # the gradients of the micro-batch before are there
+        for p in mine.values():
+            p.grad = torch.zeros_like(p)
+        known = known + [p.grad for p in mine.values() if p.grad is not None]
+    ledger = Ledger(known)
+    with ledger:
+        walk()
+    return max(0, ledger.peak - (0 if again else bytes_of(mine.values())))
+
+
+def _outside(objective: Objective) -> list[Tensor]:
+    """Return the weights that the gradients pass through, outside of what is saved."""
+    inside = {id(p) for p in objective.module.parameters()}
+    parts: tuple[nn.Module, ...] = getattr(objective, "frozen", ())
+    found = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}
+    return [tensor for key, tensor in found.items() if key not in inside]
+
+
+def _largest_block(module: nn.Module) -> int:
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    return max((bytes_of(block.parameters()) for blocks in lists for block in blocks), default=0)
+
+
+def _piece(size: int, share: int) -> int:
+    return -(-size // share)
 
 
 def state_bytes(name: str, parameters: Mapping[str, nn.Parameter]) -> int:
     """Bytes that an optimiser keeps about parameters."""
     return sum(_STATES[name](key, p) for key, p in parameters.items())
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _came(_: str, p: Tensor) -> int:

@@ -21,7 +21,7 @@ from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.folders import Lock, check_changes
 from sana.training.objectives.base import Objective
-from sana.training.players import Players, Tensors, use_checkpointing
+from sana.training.players import Players, Tensors, check_players, use_checkpointing
 from sana.training.processes import Processes
 from sana.training.records import Records
 from sana.training.state import State, load_best, load_state, save_best, save_state
@@ -69,10 +69,7 @@ class Trainer:
         that are split over processes.
         Errors: InvalidInput for contradictory settings, a folder in use, or one of another run.
         """
-        if discriminator_optimizer is not None and len(objective.turns) == 1:
-            raise InvalidInput(f"[discriminator_optimizer] has no effect on '{objective.name}', which has one player.")
-        if run.shard and optimizer.name != "adamw":
-            raise InvalidInput(f"run.shard needs optimizer.name = 'adamw'; {optimizer.name} reads whole matrices.")
+        check_players(objective, run, optimizer, discriminator_optimizer)
         if run.shard and rebuild is None:
             raise InvalidInput("run.shard needs a way to build the objective again for the export: give `rebuild`.")
         self.objective, self.run, self.folder, self._rebuild = objective, run, folder, rebuild

@@ -135,6 +135,8 @@ class ModelOrigin:
         self.settings, self.run, self.device, self._prepare = settings, run, device, prepare
         self.start = StartModel(settings.start, device)
         self.control = build(ControlSettings, settings.control, "flow_matching.control")
+        if self.start.is_distilled:
+            raise _distilled(settings.start)
         self.shift = settings.shift or self.start.flow_shift
         self.encoders = Encoders(self.start)
         self.batches: Batches = self._dataset() if settings.data else self._drawn()
@@ -192,10 +194,15 @@ class ModelOrigin:
         )
 
     def trainable(self) -> Trainable:
-        """Load the transformer and make of it what learns."""
+        """Load the transformer and make of it what learns.
+
+        Errors: InvalidInput for a model that is distilled.
+        """
         settings = self.settings
         dtype = torch.bfloat16 if settings.base_dtype == "bfloat16" else torch.float32
         transformer = self.start.transformer(dtype, dict(settings.model))
+        if transformer.config.guidance_embeds:
+            raise _distilled(settings.start)
         if settings.train == "lora":
             return LoraTrainable(transformer, build(LoraSettings, settings.lora, "flow_matching.lora"), self.run.seed)
         if settings.train == "controlnet":
@@ -214,6 +221,7 @@ class ModelOrigin:
     def preview_batch(self) -> Batch | None:
         """See `Origin`; under a control branch, with the controls of held-out samples."""
         rows = [self.encoders.text(prompt) for prompt in self.prompts]
+        self._make_room()
         if not rows:
             return None
         embeds, mask = collated(rows)
@@ -227,8 +235,15 @@ class ModelOrigin:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See `Origin`."""
-        return decoded(self.start.autoencoder, latents)
+        """See `Origin`; one picture after the other, since they are as large as the model's."""
+        pictures = torch.cat([decoded(self.start.autoencoder, one) for one in torch.split(latents, 1)])
+        self._make_room()
+        return pictures
+
+    def _make_room(self) -> None:
+        """Free the encoders where features were computed before: they are asked for only when pictures are shown."""
+        if self.settings.data.get("features"):
+            self.start.release()
 
     def write(self, trainable: Trainable, folder: Path) -> None:
         """Write what was trained, with a model card."""
@@ -241,6 +256,13 @@ class ModelOrigin:
             "flow shift": f"{self.shift:g}",
         }
         exports.write(trainable, settings.start, self.start.card, facts, folder, settings.card)
+
+
+def _distilled(name: str) -> InvalidInput:
+    return InvalidInput(
+        f"{name} is distilled to one to four steps, and flow matching would undo that. Start from its teacher;"
+        " adapters and control branches of the teacher fit it, too."
+    )
 
 
 def decoded(autoencoder: AutoencoderDC, latents: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What is trained: the parameters of each turn, their optimisers and their average, and all of it as tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,10 +41,7 @@ class Players:
         """Let only the parameters whose turn it is have gradients, and return the turn's name."""
         turn = self.turns[step % len(self.turns)]
         if len(self.turns) > 1:
-            for p in self.module.parameters():
-                p.requires_grad_(False)
-            for p in self.owned[turn].values():
-                p.requires_grad_(True)
+            let_learn(self.module, self.owned[turn].values())
         return turn
 
     def norm(self, turn: str) -> Tensor:
@@ -99,6 +96,25 @@ class Players:
 
     def _part(self, turn: str) -> str:
         return "optimizer" if turn == self.turns[0] else f"optimizer-{turn}"
+
+
+def check_players(
+    objective: Objective, run: RunSettings, optimizer: OptimizerSettings, second: OptimizerSettings | None
+) -> None:
+    """Raise InvalidInput where the optimisers' settings do not fit the players, or the run."""
+    if second is not None and len(objective.turns) == 1:
+        raise InvalidInput(f"[discriminator_optimizer] has no effect on '{objective.name}', which has one player.")
+    for table, settings in (("optimizer", optimizer), ("discriminator_optimizer", second)):
+        if run.shard and settings is not None and settings.name != "adamw":
+            raise InvalidInput(f"run.shard needs {table}.name = 'adamw'; {settings.name} reads whole matrices.")
+
+
+def let_learn(module: nn.Module, chosen: Iterable[nn.Parameter]) -> None:
+    """Let these parameters of a module have gradients, and no others."""
+    for p in module.parameters():
+        p.requires_grad_(False)
+    for p in chosen:
+        p.requires_grad_(True)
 
 
 def use_checkpointing(objective: Objective) -> None:

@@ -37,6 +37,13 @@ def device_of(run: RunSettings) -> torch.device:
     return cast(torch.device, state.device) if state.num_processes > 1 else device
 
 
+def world_of() -> int:
+    """How many processes train together; they have met in `device_of`."""
+    from accelerate import PartialState
+
+    return int(PartialState().num_processes)
+
+
 class _Call(nn.Module):
     """An objective's methods behind one `forward`, where the libraries put their hooks."""
 
@@ -63,11 +70,7 @@ class Processes:
         self.is_first = self.rank == 0
         self._objective, self._call = objective, _Call(objective)
         self._copies: dict[str, nn.Module] = {}
-        if run.shard and self.world == 1:
-            raise InvalidInput(
-                "run.shard splits the weights over several processes, but there is one; start them with torchrun or "
-                "accelerate launch, or remove run.shard."
-            )
+        check_shard(run, self.world)
         if run.shard:
             shard(self._call, device, self.world)
 
@@ -141,6 +144,15 @@ class Processes:
                 f"Process {self.rank} of {self.world} stops: another one has ended, or was silent for "
                 f"{self.run.timeout} s (run.timeout). Run the same command again to go on from the last state."
             ) from error
+
+
+def check_shard(run: RunSettings, world: int) -> None:
+    """Raise InvalidInput where there is nobody to split the weights with."""
+    if run.shard and world == 1:
+        raise InvalidInput(
+            "run.shard splits the weights over several processes, but there is one; start them with torchrun or "
+            "accelerate launch, or remove run.shard."
+        )
 
 
 def _accelerator(run: RunSettings, device: torch.device) -> Any:

@@ -3,14 +3,16 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sana.errors import InvalidInput, did_you_mean
+from sana.checkpoints.hub import locate
+from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 from sana.training.config import Recipe, build
 from sana.training.estimate import Estimate, estimate
 from sana.training.loop import Trainer
@@ -22,7 +24,9 @@ from sana.training.objectives.language_model import LanguageModelObjective, Lang
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.players import use_checkpointing
-from sana.training.processes import device_of
+from sana.training.processes import device_of, world_of
+from sana.training.rehearsal import card_of, rehearse
+from sana.training.stand_ins import with_stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +88,32 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
     )
 
 
-def estimated(recipe: Recipe, folder: Path) -> Estimate:
-    """What a recipe will need, from one micro-batch; the objective is built, but nothing is trained."""
-    objective = objective_of(recipe, folder)()
+def estimated(recipe: Recipe, folder: Path, exports: Mapping[Path, Recipe] | None = None) -> Estimate:
+    """What a recipe will need, from micro-batches that train nothing.
+
+    The objective is built; but for a published model that is not here, or that no accelerator is here for, it is
+    rehearsed without its weights and data. `exports` are recipes by the folder that they will export to: an
+    autoencoder that one of them is still to train is drawn instead.
+    """
+    settings = settings_of(recipe)
+    name = str(getattr(settings, "start", "") or getattr(settings, "teacher", ""))
+    card = card_of(name)
+    if card is not None and card.hub_id and not (torch.accelerator.is_available() and _is_here(name)):
+        device_of(dataclasses.replace(recipe.run, device="cpu"))  # joins the other processes, if there are any
+        return rehearse(recipe, OBJECTIVES[recipe.objective].objective, settings, card, world_of())
+    with tempfile.TemporaryDirectory() as place:
+        objective = objective_of(with_stand_in(recipe, folder, exports or {}, Path(place)), folder)()
     if recipe.run.checkpointing:
         use_checkpointing(objective)
     return estimate(objective, recipe.run, recipe.optimizer, recipe.discriminator_optimizer)
+
+
+def _is_here(name: str) -> bool:
+    try:
+        locate(name, parts=("transformer",), local_files_only=True, single=True)
+    except ModelNotFound:
+        return False
+    return True
 
 
 OBJECTIVES: dict[str, Kind] = {

@@ -16,6 +16,7 @@ from sana.checkpoints.original.loading import base_folder
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.parts import Parts, load
 from sana.errors import CheckpointError, InvalidInput
+from sana.flow.schedulers import SCMScheduler
 from sana.text.gemma import PromptEncoder
 from sana.training.dense_time import retime
 
@@ -44,6 +45,11 @@ class StartModel:
     def card(self) -> Card | None:
         """The card of a known model."""
         return self._bare.card
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its pipeline draws in a few steps, as SANA-Sprint's do."""
+        return isinstance(self._bare.scheduler, SCMScheduler)
 
     @functools.cached_property
     def flow_shift(self) -> float:

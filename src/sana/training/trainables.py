@@ -34,7 +34,7 @@ class Trainable(Protocol):
         ...
 
 
-def _computing(transformer: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def computing(transformer: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Autocast for a transformer that is held in bfloat16, whatever the run computes in: what it reads is float32."""
     weight = next(transformer.parameters())
     if weight.dtype != torch.bfloat16:
@@ -115,7 +115,7 @@ class LoraTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        with _computing(self.transformer):
+        with computing(self.transformer):
             out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
 
@@ -212,7 +212,7 @@ class ControlTrainable:
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        with _computing(self.transformer):
+        with computing(self.transformer):
             return self._steered(x, batch, timesteps)
 
     def _steered(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:

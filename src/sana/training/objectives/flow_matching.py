@@ -51,8 +51,17 @@ class FlowMatchingObjective:
     turns = MAIN
     better: Literal["lower", "higher"] = "lower"
 
-    def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
-        """Load or build the transformer and open the data; features that the recipe names are computed first."""
+    def __init__(
+        self,
+        settings: FlowMatchingSettings,
+        run: RunSettings,
+        device: torch.device,
+        opened: type[ModelOrigin] = ModelOrigin,
+    ) -> None:
+        """Load or build the transformer and open the data; features that the recipe names are computed first.
+
+        `opened` is what a model and its data are opened as.
+        """
         self.settings, self.run, self.device = settings, run, device
         self._middle: Tensor | None = None
         self._sheet: PreviewSheet | None = None
@@ -62,7 +71,7 @@ class FlowMatchingObjective:
         self.frozen: tuple[nn.Module, ...] = ()
         """What gradients pass through although it does not learn, outside of `module`."""
         if settings.start:
-            self.origin = origin = ModelOrigin(settings, run, device)
+            self.origin = origin = opened(settings, run, device)
             self.trainable = origin.trainable()
             self.module = self.trainable.module
             self.frozen = () if settings.train == "full" else (self.trainable.transformer,)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import threading
@@ -115,17 +116,24 @@ def _tell_needs(stages: Sequence[Stage], terminal: Terminal) -> int:
     from sana.training.start import estimated
 
     told = []
+    exports = {Path(os.path.normpath(stage.export)): stage.recipe for stage in stages}
     for stage in stages:
-        needs = estimated(stage.recipe, stage.folder)
-        kinds = ("weights", "gradients", "optimizer", "average", "activations")
-        memory = ", ".join(f"{kind} {getattr(needs, kind) / 1e6:,.1f}" for kind in kinds)
-        terminal.result(
-            f"{stage.name}: {needs.total / 1e6:,.1f} MB ({memory}) and {duration(needs.seconds)} for "
-            f"{stage.recipe.run.steps} steps, beside the program itself and the held-out figures"
+        needs = estimated(stage.recipe, stage.folder, exports)
+        steps = f"for {stage.recipe.run.steps} steps"
+        time_told = (
+            f"{duration(needs.seconds)} {steps}" if needs.seconds is not None else "time: only the machine itself tells"
         )
+        terminal.result(f"{stage.name}: {_gib(needs.total)} at most, beside the program itself; {time_told}")
+        for kind, meaning in KINDS.items():
+            if getattr(needs, kind):
+                terminal.result(f"  {_gib(getattr(needs, kind)):>10}  {meaning}")
         told.append({"name": stage.name, **dataclasses.asdict(needs), "total": needs.total})
     terminal.document({"stages": told, "warnings": terminal.warnings})
     return 0
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -286,5 +294,16 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
 
 
 GROUPS = (Group(title="the runs", options=Options),)
+KINDS = {
+    "weights": "weights that learn, and what is saved beside them",
+    "frozen": "weights that stay as they are",
+    "optimizer": "states of the optimiser",
+    "average": "averaged weights (run.ema)",
+    "encoders": "encoders, which stay: no features were computed before",
+    "gradients": "gradients",
+    "activations": "activations of a micro-batch",
+    "previews": "while previews are drawn, in the place of the last two",
+}
+"""Parts of an estimate, as they are told."""
 UNITS = {"language_model": "captions"}
 """What a row of a batch is, where it is no image."""

@@ -12,8 +12,10 @@ from sana.config import TransformerConfig
 from sana.errors import InvalidInput
 from sana.flow.path import flow_from_trig, sigma_from_angle
 from sana.models.linear_dit import LinearDiT
+from sana.nn.placement import placed_like
 from sana.training.objectives.sprint.trigflow import Network, trig_network
 from sana.training.starting import StartModel
+from sana.training.trainables import computing
 
 DENSE = 0.001
 """Timestep scale of a model that is told sigma itself: pipelines count 1000 sigma."""
@@ -29,11 +31,13 @@ def network_of(transformer: LinearDiT, text: Text, guidance: Tensor | None = Non
 
     What depends on the text alone is computed here, once.
     """
-    kv = transformer.cross_attention_kv(transformer.encode_caption(text[0]))
+    with computing(transformer):
+        kv = transformer.cross_attention_kv(transformer.encode_caption(text[0]))
     embedded = None if guidance is None else guidance * transformer.config.guidance_embeds_scale
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        out = transformer.denoise(x, transformer.modulation(sigma, embedded), kv, text[1])
+        with computing(transformer):
+            out = transformer.denoise(x, transformer.modulation(sigma, embedded), kv, text[1])
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     return trig_network(velocity)
@@ -55,9 +59,10 @@ def guided(transformer: LinearDiT, text: Text, null: Text, guidance: Tensor) -> 
 
 def tapped(transformer: LinearDiT, text: Text, x: Tensor, t: Tensor, taps: Sequence[int]) -> list[Tensor]:
     """Return the tokens [B, N, D] after the tapped blocks, for TrigFlow states divided by sigma_d."""
-    kv = transformer.cross_attention_kv(transformer.encode_caption(text[0]))
     sigma = sigma_from_angle(t)
-    return transformer.features(flow_from_trig(x, sigma, 1.0), transformer.modulation(sigma), kv, text[1], taps)
+    with computing(transformer):
+        kv = transformer.cross_attention_kv(transformer.encode_caption(text[0]))
+        return transformer.features(flow_from_trig(x, sigma, 1.0), transformer.modulation(sigma), kv, text[1], taps)
 
 
 def taps_of(layers: int) -> tuple[int, ...]:
@@ -86,7 +91,7 @@ def student_of(teacher: LinearDiT, seed: int) -> LinearDiT:
     changes = {"guidance_embeds": True, "timestep_scale": 1.0}
     config = TransformerConfig.from_dict({**teacher.config.to_dict(), **changes})
     weight = teacher.scale_shift_table
-    student = LinearDiT(config).to(weight.device, weight.dtype)
+    student = placed_like(LinearDiT(config), weight)
     state = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
     first, last = student.time_embed.guidance_embedder.linear_1, student.time_embed.guidance_embedder.linear_2
     generator = torch.Generator().manual_seed(seed)

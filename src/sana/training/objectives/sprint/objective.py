@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Generator, Tensor, distributed, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sana.errors import InvalidInput
 from sana.flow.path import SIGMA_DATA, sigma_from_angle
 from sana.flow.schedules import MAX_ANGLE
 from sana.models.discriminator import DiscriminatorHeads
+from sana.nn.placement import placed_like
 from sana.training.batches import Batch
 from sana.training.config import RunSettings
 from sana.training.objectives.flow_settings import FlowMatchingSettings
@@ -61,8 +61,14 @@ class SprintObjective:
     turns: tuple[str, ...] = ("generator", "discriminator")
     better: Literal["lower", "higher"] = "lower"
 
-    def __init__(self, settings: SprintSettings, run: RunSettings, device: torch.device) -> None:
-        """Load the teacher, copy the student from it, and open the data.
+    def __init__(
+        self,
+        settings: SprintSettings,
+        run: RunSettings,
+        device: torch.device,
+        opened: type[ModelOrigin] | None = None,
+    ) -> None:
+        """Load the teacher, copy the student from it, and open the data; `opened` is what they are opened as.
 
         Raises:
             ModelNotFound, CheckpointError: the teacher is not to be had, or broken.
@@ -83,16 +89,21 @@ class SprintObjective:
             dropout=0.0,
             prompts=settings.prompts,
         )
-        self.origin = ModelOrigin(flow, run, device)
-        self.teacher = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
-        check_teacher(self.teacher, settings.teacher)
-        config = self.teacher.config
+        self.origin = (opened or ModelOrigin)(flow, run, device)
+        whole = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
+        check_teacher(whole, settings.teacher)
+        config = whole.config
         self.taps = settings.taps or taps_of(config.num_layers)
         torch.manual_seed(run.seed)
-        self.student = student_of(self.teacher, run.seed).train().requires_grad_(True)
+        self.student = student_of(whole, run.seed).train().requires_grad_(True)
         if settings.student:
             go_on(self.student, StartModel(settings.student, device))
-        self.module = _Players(self.student, config.inner_dim, len(self.taps), settings.virtual_batch).to(device)
+        is_whole = settings.base_dtype == "float32"
+        self.teacher = whole if is_whole else self.origin.start.transformer(torch.bfloat16, {})
+        self.teacher.eval().requires_grad_(False)
+        self.frozen = (self.teacher,)
+        players = _Players(self.student, config.inner_dim, len(self.taps), settings.virtual_batch)
+        self.module = placed_like(players, self.student.scale_shift_table)
         if not settings.adversarial_weight:
             self.turns = ("generator",)
             self.module.heads.requires_grad_(False)
@@ -110,11 +121,9 @@ class SprintObjective:
         scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
         chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
         guidance = scales[chosen].to(self.device)
-        # Fused attention has no forward mode, and on CPUs a slow backward pass.
-        with sdpa_kernel(SDPBackend.MATH):
-            if turn == "discriminator":
-                return self._discriminator(batch, guidance, generator)
-            return self._generator(batch, guidance, generator, self._warmed(draw))
+        if turn == "discriminator":
+            return self._discriminator(batch, guidance, generator)
+        return self._generator(batch, guidance, generator, self._warmed(draw))
 
     def _warmed(self, draw: int) -> float:
         """How much of the tangent's second part is let in at the step of a draw; both players' steps count."""

@@ -17,6 +17,8 @@ class SprintSettings:
     """Flow model with dense time and normalised queries and keys, as the teacher recipe makes it: folder or name."""
     student: str = ""
     """Distilled model to go on from, folder or name; empty starts as a copy of the teacher."""
+    base_dtype: str = "float32"
+    """float32 or bfloat16: how the teacher is held, which stays as it is."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """Pictures with captions, as `[flow_matching.data]`; empty is the drawn world."""
     features: str = ""
@@ -69,6 +71,8 @@ class SprintSettings:
             if given not in choices:
                 told = f"sprint.{name} is '{given}'.{did_you_mean(given, choices)}"
                 raise InvalidInput(f"{told} Choose one of: {', '.join(choices)}.")
+        if self.base_dtype not in ("float32", "bfloat16"):
+            raise InvalidInput(f"sprint.base_dtype is float32 or bfloat16, but not '{self.base_dtype}'.")
         if not self.guidance:
             raise InvalidInput("sprint.guidance is empty; name at least one scale, for example [4.5].")
         for name in ("angle_std", "discriminator_std", "warmup_steps", "virtual_batch"):

@@ -1,0 +1,83 @@
+"""`sana train` as others start and stop it: a signal in the middle of a step, and several processes of accelerate's."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_train import SMALL
+
+from sana.training.curve import read_lines
+from sana.training.state import load_state
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+PROMISED = 30
+"""Seconds in which a run is saved after it was asked to stop."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+NANO = f"""
+objective = "flow_matching"
+[run]
+steps = 100000
+batch_size = 32
+accumulate = 4
+log_every = 1
+[flow_matching]
+start = "nano"
+[flow_matching.data]
+path = "{ROOT / "examples" / "data" / "pictures"}"
+size = 256
+"""
+
+
+def test_a_run_that_is_asked_to_stop_in_the_middle_of_a_step_is_saved_soon(tmp_path: Path) -> None:
+    recipe, folder = tmp_path / "nano.toml", tmp_path / "runs" / "nano"
+    recipe.write_text(NANO)
+    command = [sys.executable, "-m", "sana", "train", str(recipe), "-o", str(tmp_path / "runs")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        begun = time.monotonic()
+        while not any(line["step"] >= 2 for line in metrics(folder)):
+            assert run.poll() is None
+            assert time.monotonic() - begun < 120, "no second step"
+            time.sleep(0.2)
+        run.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        said = run.communicate(timeout=4 * PROMISED)[1]
+        assert time.monotonic() - asked < PROMISED
+    finally:
+        run.kill()
+    assert run.returncode == 75, said
+    saved = load_state(folder / "states")
+    assert saved is not None
+    told = re.search(r"nano is saved at step (\d+) of 100000\. To go on: sana train", said)
+    assert told
+    assert saved.step == int(told[1]) >= 2
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+
+
+def test_accelerate_launches_two_processes_that_walk_as_one(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL.replace("[run]", "[run]\nlog_every = 1"))
+    # With --cpu accelerate starts one process whatever the number; its other launcher asks for no GPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    words = ["sana.apps.cli", "train", str(recipe), "-o"]
+    for start, place, more in ((launch, "two", []), ([sys.executable, "-m"], "one", ["--run.accumulate", "2"])):
+        line = [*start, *words, str(tmp_path / place), *more]
+        done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=170, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [str(tmp_path / place / "small" / "export")]  # one of them speaks
+    losses = [[line["loss"] for line in metrics(tmp_path / at / "small") if "loss" in line] for at in ("two", "one")]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    settings = json.loads((tmp_path / "two" / "small" / "finished.json").read_text())
+    assert settings["run"]["accumulate"] == 1

@@ -1,0 +1,194 @@
+"""What published sizes will need, told from their configurations: held against models with weights."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_needs import bare_memory, memory
+
+from sana.card import AUTOENCODER_PARAMS, TEXT_ENCODER_PARAMS
+from sana.cards import CARDS
+from sana.errors import InvalidInput
+from sana.nn import caption_attention, linear_attention, mixffn
+from sana.training.config import Recipe, load_recipe
+from sana.training.estimate import Estimate, counted, state_bytes
+from sana.training.loop import Trainer
+from sana.training.players import use_checkpointing
+from sana.training.rehearsal import card_of, opened, rehearse
+from sana.training.start import OBJECTIVES, estimated, settings_of
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+NANO = CARDS["nano"]
+TEACHER = replace(NANO, transformer=replace(NANO.transformer, timestep_scale=0.001))
+PUBLISHED = sorted(ROOT.glob("recipes/sana-*/*.toml")) + sorted(ROOT.glob("recipes/autoencoder/*.toml"))
+MOST = 32e9 / 2**30
+"""GiB of the 32 GB that the original states."""
+
+
+def on_nano(kind: str, **changes: str) -> Recipe:
+    table = "sprint" if kind == "sprint" else "flow_matching"
+    name = "teacher" if kind == "sprint" else "start"
+    overrides = {f"{table}.{name}": "nano", f"{table}.data.size": "256", "run.batch_size": "4", "run.accumulate": "1"}
+    overrides |= {"flow_matching.control.blocks": "2"} if kind == "controlnet" else {}
+    return load_recipe(ROOT / "recipes" / "sana-1.6b" / f"{kind}.toml", overrides | changes)
+
+
+def rehearsed(recipe: Recipe, world: int = 1) -> Estimate:
+    card = TEACHER if recipe.objective == "sprint" else NANO
+    return rehearse(recipe, OBJECTIVES[recipe.objective].objective, settings_of(recipe), card, world)
+
+
+def with_values(recipe: Recipe) -> Any:
+    card = TEACHER if recipe.objective == "sprint" else NANO
+    made = OBJECTIVES[recipe.objective].objective(settings_of(recipe), recipe.run, CPU, opened(card))
+    if recipe.run.checkpointing:
+        use_checkpointing(made)
+    return made
+
+
+@pytest.fixture
+def as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways that accelerators take, too, in place of those that only a CPU takes."""
+    for module in (caption_attention, linear_attention, mixffn):
+        monkeypatch.setattr(module, "learning", lambda *_: False)
+
+
+@pytest.mark.parametrize("kind", ["finetune", "lora", "dreambooth", "controlnet", "sprint"])
+def test_tensors_without_values_need_what_those_with_values_need(kind: str, as_elsewhere: None) -> None:
+    recipe = on_nano(kind)
+    made = with_values(recipe)
+
+    def walk(draw: int, turn: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = made.loss(draw, turn)[0]
+        loss.backward()
+
+    real = counted(made, recipe.run, recipe.optimizer, recipe.discriminator_optimizer, walk, 1, timed=False)
+    told = rehearsed(recipe)
+    assert replace(told, encoders=0, previews=0) == real
+    assert real.activations > 1e6
+
+
+def fork(task: Callable[[], list[float]]) -> list[float]:
+    told, reading = os.pipe()[::-1]
+    process = os.fork()
+    if process == 0:
+        os.write(told, json.dumps(task()).encode())
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    found: list[float] = json.loads(os.read(reading, 1000))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process")
+def test_a_run_of_nano_takes_what_is_told(as_elsewhere: None, tmp_path: Path) -> None:
+    recipe = on_nano("finetune", **{"run.batch_size": "32", "optimizer.name": "adamw", "run.precision": "float32"})
+    told = rehearsed(recipe)
+
+    def task() -> list[float]:
+        torch.set_num_threads(1)
+        before = bare_memory()
+        made = with_values(recipe)
+        Path("/proc/self/clear_refs").write_text("5")
+        trainer = Trainer(made, replace(recipe.run, steps=2), recipe.optimizer, tmp_path)
+        trainer.save = trainer._look = lambda: None  # type: ignore[method-assign]
+        list(trainer.steps())
+        return [memory("VmHWM") - before]
+
+    (taken,) = fork(task)
+    expected = replace(told, encoders=0, previews=0).total
+    assert expected > 100e6
+    assert 0.67 < taken / expected < 1.5, (expected, taken)
+
+
+def test_each_part_is_what_its_setting_makes_it() -> None:
+    full, size = rehearsed(on_nano("finetune")), NANO.params
+    assert (full.weights, full.gradients, full.average, full.frozen) == (4 * size, 4 * size, 4 * size, 0)
+    assert full.seconds is None
+    assert full.encoders == 0
+    assert full.previews >= 2 * TEXT_ENCODER_PARAMS
+    bare = rehearsed(on_nano("finetune", **{"run.ema": "0.0", "flow_matching.data.features": ""}))
+    assert (bare.average, bare.encoders) == (0, 2 * TEXT_ENCODER_PARAMS + 4 * AUTOENCODER_PARAMS)
+    states = {
+        name: rehearsed(on_nano("finetune", **{"optimizer.name": name})).optimizer
+        for name in ("adamw", "muon", "came", "adamw8bit")
+    }
+    assert states["adamw"] == 8 * size
+    assert states["adamw8bit"] < states["came"] < states["muon"] < states["adamw"]
+    kept = rehearsed(on_nano("finetune", **{"run.checkpointing": "false"}))
+    assert kept.activations > 1.5 * full.activations
+    lora = rehearsed(on_nano("lora"))
+    assert lora.frozen == 2 * size
+    assert lora.weights < 0.1 * lora.frozen
+    with_prior = rehearsed(on_nano("dreambooth", **{"run.batch_size": "4"}))
+    assert with_prior.activations > 1.7 * lora.activations
+
+
+def test_accumulated_gradients_are_there_while_the_next_micro_batch_runs() -> None:
+    once, again = (rehearsed(on_nano("finetune", **{"run.accumulate": count})) for count in ("1", "4"))
+    assert once.gradients == again.gradients
+    assert again.activations > once.activations
+
+
+def test_processes_split_what_is_split_and_copies_have_buckets() -> None:
+    one = rehearsed(on_nano("finetune", **{"optimizer.name": "adamw"}))
+    copies = rehearsed(on_nano("finetune", **{"optimizer.name": "adamw"}), world=4)
+    assert copies == replace(one, gradients=2 * one.gradients)
+    split = rehearsed(on_nano("finetune", **{"optimizer.name": "adamw", "run.shard": "true"}), world=4)
+    for kind in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(split, kind) == -(-getattr(one, kind) // 4)
+    assert split.activations > one.activations
+    with pytest.raises(InvalidInput, match="over several processes, but there is one"):
+        rehearsed(on_nano("finetune", **{"run.shard": "true"}))
+    with pytest.raises(InvalidInput, match=r"run.shard needs optimizer.name = 'adamw'; came reads"):
+        rehearsed(on_nano("finetune", **{"run.shard": "true"}), world=2)
+
+
+def test_the_turn_that_needs_more_counts_and_the_states_of_both() -> None:
+    recipe = on_nano("sprint")
+    told = rehearsed(recipe)
+    assert told.frozen == 2 * NANO.params
+    assert told.gradients > 4 * NANO.params  # the generator's, with its embedder of guidance
+    assert told.optimizer > state_bytes("came", dict(with_values(recipe).parameters_of("generator")))
+
+
+def test_models_are_known_by_name_repository_and_file() -> None:
+    card = CARDS["sana-1.6b-1024-fp16"]
+    assert card_of("sana-1.6b-1024-fp16") is card_of(str(card.hub_id)) is card_of(str(card.original)) is card
+    assert card_of("some/folder") is card_of("") is None
+
+
+def exports() -> dict[Path, Recipe]:
+    return {Path("runs/autoencoder") / path.stem / "export": load_recipe(path) for path in PUBLISHED}
+
+
+def test_an_autoencoder_that_nothing_trains_is_named() -> None:
+    with pytest.raises(InvalidInput, match=r"autoencoder.start is not there yet: runs/autoencoder/full/export\. Name"):
+        estimated(load_recipe(ROOT / "recipes/autoencoder/latent.toml"), Path("runs/autoencoder/latent"))
+
+
+def stated(path: Path) -> float:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("# Memory: ")]
+    (line,) = lines
+    assert line.endswith(" GiB, by --dry-run."), line
+    return float(line.split()[2])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_states_its_memory_within_the_originals(path: Path) -> None:
+    assert 0 < stated(path) <= MOST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_what_a_recipe_states_is_what_a_dry_run_tells(path: Path) -> None:
+    recipe = load_recipe(path, {"run.precision": "bf16"})
+    told = estimated(recipe, Path("runs") / path.parent.name / path.stem, exports())
+    size = told.total / 2**30
+    assert stated(path) == pytest.approx(size, abs=0.051 if size >= 1 else 0.0051)
