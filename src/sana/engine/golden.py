@@ -132,20 +132,20 @@ GOLDEN: dict[str, Golden] = {
         request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 6},
         tokens=(2, 277, 459, 537, 722, 392, 480, 489),
         latents=(
-            -0.24651, -0.06968, 0.03282, 0.09815, -0.09999, -1.4981, -3.73539, 0.25147, -0.30737, -0.34156,
-            -1.53075, -0.15987, 0.29162, 1.24871, 0.34354, 0.27601, 0.68007, -3.21949, 0.08899, -0.09681,
-            0.02652, 5.25566, -1.20163, -0.12212, 1.09887, 2.56608, -0.08996, -0.37619, 0.32636, 1.10747,
-            -0.3048, 0.16427,
+            -0.19743, 0.54988, 0.98842, 0.0524, -0.15494, -0.42669, -2.82903, 0.06751, -0.3148, -0.11925,
+            -2.06061, 0.32812, 0.28208, 1.53302, 1.7338, 0.2599, 0.74006, -2.71538, -0.20242, -0.12199,
+            0.2241, 5.83183, -0.79231, -0.10085, 1.11314, 3.10287, 0.74699, -0.38317, 0.24525, 0.82596,
+            0.42407, 0.10191,
         ),
         pixels=bytes.fromhex(
             "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded8cabcd6605ed67673d4c8bad8f0ded8f0de"
-            "d8f0ded8f0ded7c7bad33e40d0615ed4bcafd8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded6eeddd8efddd7eedcd8f0ded8f0de"
-            "d8f0ded8f0ded8f0dee3e59ed9ecced8f0ded8f0ded8f0de"
-            "d8f0ded8f0dedaeed0f5d12debda65d8f0ded8f0ded8f0de"
-            "d8f0ded8f0dee2e194efcd3aeacf47d9e6bbd8f0ded8f0de"
-            "d8f0ded8f0ded9eed7dedfa0dce0a4d6eddad8f0ded8f0de"
+            "d8f0ded8f0ded8d4c5d78983d8b9add6d9cad8f0ded8f0de"
+            "d8f0ded8f0ded6bbafd53235d34344d3c5b7d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded4e8d8d5ecdbd7e9d7d8f0ded8f0de"
+            "d8f0ded8f0ded8f0dee2e59fd9ebcbd8f0ded8f0ded8f0de"
+            "d8f0ded8f0dedaefd4f5d12ee9db70d8f0ded8f0ded8f0de"
+            "d8f0ded8f0dee0e4a1eecd3aebcf43d8e8c7d8f0ded8f0de"
+            "d8f0ded8f0ded8efdcd9e4b7d7e3b7d7efddd8f0ded8f0de"
         ),
     ),
 }  # fmt: skip
