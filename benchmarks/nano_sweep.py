@@ -28,7 +28,7 @@ from sana.evaluation.scores import table
 REPORT = Path(__file__).parents[1] / "recipes" / "nano" / "reports" / "sweep.json"
 SAMPLERS = ("flow-dpm", "flow-euler")
 GUIDANCE = (1.0, 2.0, 4.5)
-STEPS = (4, 8, 20, 50)
+STEPS = (4, 8, 20)
 
 
 def measure(parts: Parts, sampler: Any, guidance: float, steps: int, images: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2, help="pictures per prompt (default: 2)")
+    parser.add_argument("--images", type=int, default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--report", type=Path, default=REPORT)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
