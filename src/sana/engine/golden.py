@@ -148,5 +148,25 @@ GOLDEN: dict[str, Golden] = {
             "d8f0ded8f0ded8efdcd9e4b7d7e3b7d7efddd8f0ded8f0de"
         ),
     ),
+    "nano-controlnet": Golden(
+        request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 6},
+        tokens=(2, 277, 459, 537, 722, 392, 480, 489),
+        latents=(
+            -0.24724, -0.1699, 0.63215, -0.35659, -0.12478, -1.47478, -2.16063, 0.91615, -0.28897, 0.83789,
+            -3.23439, -0.55691, 0.31686, -1.93328, 2.93898, 0.16376, 0.70521, -1.93808, -1.08762, -0.14188,
+            -0.00382, 5.46897, -2.87473, -0.20937, 0.37872, 1.3994, 0.6869, -0.55861, 0.38571, 0.17169,
+            -0.64961, 0.25183,
+        ),
+        pixels=bytes.fromhex(
+            "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded8cbbed56462d66462d5c4b7d8f0ded8f0de"
+            "d8f0ded8f0ded79d95d53034d42e31d0938ad8f0ded8f0de"
+            "d8f0ded8f0ded8ebdad3948ed29d96d5d6c7d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded9eed8dbebcfd8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded8f0dee8df7ef3d33cdbebc5d8f0ded8f0de"
+            "d8f0ded8f0ded8f0dceed246efcf39e7db73d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded6e8ced7e5c5d5e9ced8f0ded8f0de"
+        ),
+    ),
 }  # fmt: skip
 """Card -> what its model gave in float32 on the machine where this was written, with torch 2.13."""

@@ -1,0 +1,73 @@
+"""What the two models that share nano's parts reach: the reports of the repository, and the weights again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sana.engine.parts import load
+from sana.evaluation import runner
+
+ROOT = Path(__file__).parents[2]
+REPORTS = ROOT / "recipes" / "nano" / "reports"
+OF_THE_TEACHER = {1: 0.85, 2: 0.92, 4: 0.95}
+"""Least share of nano's 20-step score, by the number of steps."""
+
+
+def read(name: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads((REPORTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def cells_of(label: str) -> list[list[str]]:
+    """The rows of the README's tables that begin with a label, without it."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row[1:] for row in rows if row[0] == label]
+
+
+def test_few_steps_reach_what_they_shall_of_nanos_twenty() -> None:
+    report, teacher = read("sprint.json"), read("geneval.json")
+    against = report["against"]
+    assert isinstance(against, dict)
+    scores = teacher["scores"]
+    assert isinstance(scores, dict)
+    assert against["scores"]["overall"] == scores["overall"]["score"]["share"]
+    runs, ratios = report["runs"], report["ratios"]
+    assert isinstance(runs, list)
+    assert isinstance(ratios, list)
+    assert [run["settings"]["steps"] for run in runs] == list(OF_THE_TEACHER)
+    assert {run["settings"]["model"]["name"] for run in runs} == {"nano-sprint"}
+    for ratio, least in zip(ratios, OF_THE_TEACHER.values(), strict=True):
+        assert ratio["overall"] >= least
+    shown = [f"{run['scores']['overall']['score']['share']:.2f}" for run in runs]
+    assert any([cell.split(" ")[0] for cell in row if "±" in cell] == shown for row in cells_of("overall"))
+
+
+def test_a_picture_is_followed_and_the_prompt_decides_the_colours() -> None:
+    report = read("control.json")
+    scores, settings = report["scores"], report["settings"]
+    assert isinstance(scores, dict)
+    assert isinstance(settings, dict)
+    assert settings["scenes"] >= 100
+    followed = scores["with control"]
+    assert followed["near"]["share"] >= 0.7
+    assert followed["things"]["share"] >= 0.9
+    (shown,) = cells_of("with control")
+    assert shown[0].startswith(f"{followed['near']['share']:.2f} ± ")
+    assert shown[2].startswith(f"{followed['things']['share']:.2f} ± ")
+
+
+@pytest.mark.slow
+def test_the_shipped_student_still_draws_in_few_steps() -> None:
+    parts = load("nano-sprint", device="cpu")
+    for steps, least in {1: 0.6, 2: 0.7, 4: 0.7}.items():
+        report = runner.run("geneval", parts, runner.Settings(prompts=8, images=1, steps=(steps,))).to_dict()
+        assert report["scores"]["overall"]["score"]["share"] >= least, steps
+
+
+@pytest.mark.slow
+def test_the_shipped_branch_still_follows() -> None:
+    report = runner.run("control", load("nano-controlnet", device="cpu"), runner.Settings(scenes=12)).to_dict()
+    assert report["scores"]["with control"]["near"]["share"] >= 0.65
+    assert report["scores"]["with control"]["things"]["share"] >= 0.85
