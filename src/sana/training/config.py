@@ -19,7 +19,14 @@ from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
 T = TypeVar("T")
 
-NAMES = ("adamw", "muon", "came", "adamw8bit")
+ADAM = {"betas": (0.9, 0.99), "eps": (1e-8,)}
+NUMBERS = {
+    "adamw": ADAM,
+    "muon": ADAM,
+    "came": {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)},
+    "adamw8bit": ADAM,
+}
+"""Optimiser -> its own betas and epsilons, where a recipe has none."""
 TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -66,6 +73,15 @@ class RunSettings:
             raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
         if self.export not in ("last", "best"):
             raise InvalidInput(f"run.export must be last or best, but is '{self.export}'.")
+        if self.export == "best" and self.evaluate_every >= self.steps:
+            raise InvalidInput(
+                f"run.export = 'best' has only the start and the end to choose from: run.evaluate_every is"
+                f" {self.evaluate_every}, so set it below the {self.steps} steps."
+            )
+        if self.max_non_finite < 0:
+            raise InvalidInput(f"run.max_non_finite must not be negative, but is {self.max_non_finite}.")
+        if self.threads != 1 and self.device not in ("auto", "cpu"):
+            raise InvalidInput(f"run.threads has no effect on the device {self.device}. Remove it.")
         if not 0 < self.timeout < math.inf:
             raise InvalidInput(f"run.timeout must be positive, but is {self.timeout}.")
         for name in self.report:
@@ -98,7 +114,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         """Refuse unknown optimisers and rates that cannot train."""
-        for field_name, choices in (("name", NAMES), ("schedule", SCHEDULES)):
+        for field_name, choices in (("name", tuple(NUMBERS)), ("schedule", SCHEDULES)):
             value = getattr(self, field_name)
             if value not in choices:
                 raise InvalidInput(
@@ -120,6 +136,13 @@ class OptimizerSettings:
             raise InvalidInput(f"optimizer.betas must lie in [0, 1), but are {list(self.betas)}.")
         if not all(eps > 0 for eps in self.eps):
             raise InvalidInput(f"optimizer.eps must be positive, but is {list(self.eps)}.")
+        for field_name, own in NUMBERS[self.name].items():
+            given = getattr(self, field_name)
+            if given and len(given) != len(own):
+                raise InvalidInput(
+                    f"optimizer.{field_name} of {self.name} takes {len(own)} numbers, for example {list(own)}, but is"
+                    f" {list(given)}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +155,20 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
     discriminator_optimizer: OptimizerSettings | None = None
     """For the second player of an objective that has two; without it both have the settings of `optimizer`."""
+
+
+def changed(settings: object, *names: str) -> list[str]:
+    """Return those of the named settings that are not as they are by default."""
+    return [name for name in names if getattr(settings, name) != getattr(type(settings), name)]
+
+
+@contextlib.contextmanager
+def named(table: str, as_: str) -> Iterator[None]:
+    """Call the settings of `table` in an InvalidInput by the table `as_` that they stand in."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(re.sub(rf"(?<![\w.]){re.escape(table)}(?=[.\]])", as_, str(error))) from error
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -194,7 +231,23 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     for key, value in given.items():
         _override(tables, key, value)
     with located(path, text, given):
-        return _recipe(path, tables)
+        recipe = _recipe(path, tables)
+        if "run.steps" not in given:  # a trial of a few steps keeps its warm-up
+            _check_warmup(recipe, tables)
+        return recipe
+
+
+def _check_warmup(recipe: Recipe, tables: Mapping[str, Any]) -> None:
+    """Refuse a warm-up, where the recipe tells it, that outlasts the run: the rate would never be reached."""
+    for name, settings in (
+        ("optimizer", recipe.optimizer),
+        ("discriminator_optimizer", recipe.discriminator_optimizer),
+    ):
+        if settings is not None and "warmup" in tables.get(name, {}) and settings.warmup > recipe.run.steps:
+            raise InvalidInput(
+                f"{name}.warmup is {settings.warmup}, but the run ends after {recipe.run.steps} steps, before the rate"
+                " is reached. Shorten it, or raise the steps."
+            )
 
 
 def _recipe(path: str | Path, tables: Mapping[str, Any]) -> Recipe:
@@ -205,15 +258,16 @@ def _recipe(path: str | Path, tables: Mapping[str, Any]) -> Recipe:
     for name in tables:
         if name not in known:
             raise InvalidInput(f"'{path}' has an unknown table [{name}].{did_you_mean(name, known)}")
-    second = tables.get("discriminator_optimizer")
+    second = None
+    if (table := tables.get("discriminator_optimizer")) is not None:
+        with named("optimizer", "discriminator_optimizer"):
+            second = build(OptimizerSettings, table, "discriminator_optimizer")
     return Recipe(
         objective=objective,
         run=build(RunSettings, tables.get("run", {}), "run"),
         optimizer=build(OptimizerSettings, tables.get("optimizer", {}), "optimizer"),
         settings=tables.get(objective, {}),
-        discriminator_optimizer=(
-            None if second is None else build(OptimizerSettings, second, "discriminator_optimizer")
-        ),
+        discriminator_optimizer=second,
     )
 
 
@@ -229,14 +283,14 @@ def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> Iterat
             if place:
                 raise InvalidInput(f"{place}: {words}") from error
         for name in _TABLE.findall(words):
-            if place := _line_of(path, text, name):
+            if place := _line_of(path, text, name, is_table=True) or _line_of(path, text, name):
                 raise InvalidInput(f"{place}: {words}") from error
         raise
 
 
-def _line_of(path: str | Path, text: str, name: str) -> str | None:
+def _line_of(path: str | Path, text: str, name: str, *, is_table: bool = False) -> str | None:
     """Return `file, line n` of a setting `table.key`, or of the head of a table."""
-    table, _, key = name.rpartition(".") if "." in name else (name, "", "")
+    table, _, key = (name, "", "") if is_table or "." not in name else name.rpartition(".")
     here = ""
     for number, line in enumerate(text.splitlines(), 1):
         if head := re.match(r"\s*\[([^\[\]]+)\]", line):
@@ -249,5 +303,5 @@ def _line_of(path: str | Path, text: str, name: str) -> str | None:
 
 
 _DOTTED = re.compile(r"\b([a-z_]\w*(?:\.[a-z_]\w*)+)\b")
-_QUOTED = re.compile(r"\b([a-z_]\w*) has no setting '(\w+)'")
+_QUOTED = re.compile(r"\b([a-z_][\w.]*) has no setting '(\w+)'")
 _TABLE = re.compile(r"\[([\w.]+)\]")

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
-from sana.data.captions import CaptionChoice, choose, is_wanted, triggered
+from sana.data.captions import choose, is_wanted, triggered
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
 from sana.data.samples import BadSample, Dataset, Finding, Sample
@@ -73,14 +73,7 @@ class DatasetBatches:
         self.settings, self.size, self.seed, self.side, self.device = settings, batch_size, seed, side, device
         self.control = control
         self.source: Dataset = open_source(settings.path, prompt=settings.caption)
-        self.choice = CaptionChoice(
-            mode=settings.mode,  # type: ignore[arg-type]
-            threshold=settings.threshold,
-            temperature=settings.temperature,
-            trigger=settings.trigger,
-            least_best=settings.least_best,
-            dropout=dropout,
-        )
+        self.choice = settings.choice(dropout)
         self._bad: list[Finding] = []
         self.samples = self._usable()
         self.buckets = {i: self._bucket(sample) for i, sample in self.samples.items()}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana.errors import InvalidInput, MissingDependency
-from sana.training.config import OptimizerSettings
+from sana.errors import MissingDependency
+from sana.training.config import NUMBERS, OptimizerSettings
 from sana.training.sharding import piece_of, whole
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -113,7 +113,7 @@ def _by_decay(named: Named, settings: OptimizerSettings) -> list[dict[str, Any]]
 
 def _adamw(named: Named, settings: OptimizerSettings, lr: float) -> Built:
     groups = _by_decay(named, settings)
-    betas, eps = _numbers(settings, (0.9, 0.99), (1e-8,))
+    betas, eps = _numbers(settings)
     return [torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps[0], fused=True)], []
 
 
@@ -123,7 +123,7 @@ def _muon(named: Named, settings: OptimizerSettings, lr: float) -> Built:
     others = [p for name, p in named if not is_matrix(name, p)]
     if not matrices:
         return _adamw(named, settings, lr)
-    betas, eps = _numbers(settings, (0.9, 0.99), (1e-8,))
+    betas, eps = _numbers(settings)
     built: list[torch.optim.Optimizer] = []
     if others:
         adamw = torch.optim.AdamW(others, lr=lr, betas=(betas[0], betas[1]), eps=eps[0], weight_decay=0.0, fused=True)
@@ -143,7 +143,7 @@ def _came(named: Named, settings: OptimizerSettings, lr: float) -> Built:
         raise MissingDependency("optimizer.name = 'came' needs: pip install 'sanakit[train]'.") from error
     views = [(p, nn.Parameter(_as_came_sees(p.detach()))) for _, p in named if p.ndim > 2]
     replaced = {id(p): view for p, view in views}
-    betas, eps = _numbers(settings, (0.9, 0.999, 0.9999), (1e-30, 1e-16))
+    betas, eps = _numbers(settings)
     groups = _by_decay(named, settings)
     for group in groups:
         group["params"] = [replaced.get(id(p), p) for p in group["params"]]
@@ -162,24 +162,14 @@ def _adamw8bit(named: Named, settings: OptimizerSettings, lr: float) -> Built:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise MissingDependency("optimizer.name = 'adamw8bit' needs: pip install 'sanakit[train]'.") from error
-    betas, eps = _numbers(settings, (0.9, 0.99), (1e-8,))
+    betas, eps = _numbers(settings)
     return [AdamW8bit(_by_decay(named, settings), lr=lr, betas=(betas[0], betas[1]), eps=eps[0])], []
 
 
-def _numbers(
-    settings: OptimizerSettings, betas: tuple[float, ...], eps: tuple[float, ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The settings' betas and epsilons, or the optimiser's own where there are none.
-
-    Errors: InvalidInput when there are more or fewer than the optimiser has.
-    """
-    for name, given, own in (("betas", settings.betas, betas), ("eps", settings.eps, eps)):
-        if given and len(given) != len(own):
-            raise InvalidInput(
-                f"optimizer.{name} of {settings.name} takes {len(own)} numbers, for example {list(own)}, "
-                f"but is {list(given)}."
-            )
-    return settings.betas or betas, settings.eps or eps
+def _numbers(settings: OptimizerSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The settings' betas and epsilons, or the optimiser's own where there are none."""
+    own = NUMBERS[settings.name]
+    return settings.betas or own["betas"], settings.eps or own["eps"]
 
 
 OPTIMIZERS: dict[str, Callable[[Named, OptimizerSettings, float], Built]] = {

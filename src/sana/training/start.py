@@ -13,7 +13,7 @@ import torch
 
 from sana.checkpoints.hub import locate
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
-from sana.training.config import Recipe, build
+from sana.training.config import Recipe, RunSettings, build
 from sana.training.estimate import Estimate, estimate
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
@@ -39,12 +39,15 @@ class Kind:
     objective: type[Any]
     folders: tuple[str, ...] = ()
     """Settings that name folders."""
+    check: Callable[[Any, RunSettings], None] = lambda settings, run: None
+    """Refuses a run that does not go with the settings."""
+    has_two_players: Callable[[Any], bool] = lambda settings: False
 
 
 def settings_of(recipe: Recipe) -> Any:
     """The objective's own table of a recipe, as its dataclass.
 
-    Errors: InvalidInput for an objective or a setting that there is not.
+    Errors: InvalidInput for an objective or a setting that there is not, and for tables that contradict each other.
     """
     kind = OBJECTIVES.get(recipe.objective)
     if kind is None:
@@ -52,7 +55,11 @@ def settings_of(recipe: Recipe) -> Any:
             f"There is no objective '{recipe.objective}'.{did_you_mean(recipe.objective, OBJECTIVES)} "
             f"There are: {', '.join(OBJECTIVES)}."
         )
-    return build(kind.settings, recipe.settings, recipe.objective)
+    settings = build(kind.settings, recipe.settings, recipe.objective)
+    kind.check(settings, recipe.run)
+    if recipe.discriminator_optimizer is not None and not kind.has_two_players(settings):
+        raise InvalidInput(f"[discriminator_optimizer] has no effect on this '{recipe.objective}': it has one player.")
+    return settings
 
 
 def objective_of(recipe: Recipe, folder: Path) -> Callable[[], Objective]:
@@ -117,8 +124,20 @@ def _is_here(name: str) -> bool:
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "autoencoder": Kind(AutoencoderSettings, AutoencoderObjective, ("start",)),
-    "language_model": Kind(LanguageModelSettings, LanguageModelObjective),
+    "autoencoder": Kind(
+        AutoencoderSettings,
+        AutoencoderObjective,
+        ("start",),
+        check=AutoencoderSettings.check,
+        has_two_players=lambda settings: settings.phase == "refine",
+    ),
+    "language_model": Kind(LanguageModelSettings, LanguageModelObjective, check=LanguageModelSettings.check),
     "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective, ("autoencoder", "text", "features")),
-    "sprint": Kind(SprintSettings, SprintObjective, ("features",)),
+    "sprint": Kind(
+        SprintSettings,
+        SprintObjective,
+        ("features",),
+        check=SprintSettings.check,
+        has_two_players=lambda settings: settings.adversarial_weight > 0,
+    ),
 }

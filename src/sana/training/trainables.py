@@ -186,6 +186,8 @@ class ControlSettings:
             raise InvalidInput(f"flow_matching.control.wiring is diffusers or native, but not '{self.wiring}'.")
         if self.blocks < 1:
             raise InvalidInput(f"flow_matching.control.blocks must be at least 1, but is {self.blocks}.")
+        if self.start and self.blocks != ControlSettings.blocks:
+            raise InvalidInput("flow_matching.control.blocks has no effect beside start, which has its own. Drop one.")
         if not 0 <= self.dropout < 1:
             raise InvalidInput(f"flow_matching.control.dropout must lie in [0, 1), but is {self.dropout}.")
 

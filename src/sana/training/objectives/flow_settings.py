@@ -1,12 +1,14 @@
 """The `[flow_matching]` table of a recipe."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sana.data.captions import CaptionChoice
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
-from sana.training.config import build
+from sana.training.config import build, changed
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
 
 T = TypeVar("T")
@@ -49,6 +51,25 @@ class DataSettings:
             raise InvalidInput(f"flow_matching.data.small is refuse, skip or upscale, but not '{self.small}'.")
         if self.held_out < 0 or self.size < 0:
             raise InvalidInput("flow_matching.data.held_out and .size must not be negative.")
+        try:
+            self.choice()
+        except InvalidInput as error:
+            raise InvalidInput(re.sub(r"`(\w+)` of the captions", r"flow_matching.data.\1", str(error))) from error
+        unused = changed(self, "threshold", "temperature")
+        if unused and self.mode in ("weight", "first"):
+            told = f"flow_matching.data.{unused[0]} is of the choice by score"
+            raise InvalidInput(f"{told} and has no effect with mode = '{self.mode}'. Remove one of them.")
+
+    def choice(self, dropout: float = 0.0) -> CaptionChoice:
+        """Return how captions are chosen, a share of them left empty."""
+        return CaptionChoice(
+            mode=self.mode,  # type: ignore[arg-type]
+            threshold=self.threshold,
+            temperature=self.temperature,
+            trigger=self.trigger,
+            least_best=self.least_best,
+            dropout=dropout,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +157,20 @@ class FlowMatchingSettings:
             raise InvalidInput(f"flow_matching.dropout must lie in [0, 1), but is {self.dropout}.")
         if not 0 <= self.terse <= 1:
             raise InvalidInput(f"flow_matching.terse is a share of the captions, 0 to 1, but is {self.terse}.")
-        if self.terse and self.data:
-            raise InvalidInput("flow_matching.terse is of the drawn world; the captions of [flow_matching.data] stay.")
+        drawn = changed(self, "terse", "scenes", "captions")
+        if drawn and self.data:
+            raise InvalidInput(
+                f"flow_matching.{drawn[0]} is of the drawn world; the captions of [flow_matching.data] stay."
+            )
+        if self.logit_std <= 0:
+            raise InvalidInput(f"flow_matching.logit_std must be positive, but is {self.logit_std}.")
+        normal = changed(self, "logit_mean", "logit_std")
+        if normal and self.density != "logit-normal":
+            raise InvalidInput(f'flow_matching.{normal[0]} acts only with density = "logit-normal".')
+        if self.base_dtype != "float32" and self.train == "full":
+            raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
+        if self.card and self.train != "full":
+            raise InvalidInput(f'flow_matching.card is of a whole model, but train = "{self.train}" exports a part.')
         if self.shift < 0:
             raise InvalidInput(f"flow_matching.shift must be positive, or 0 for the model's own, but is {self.shift}.")
         if self.snr_gamma != 5.0 and self.weighting != "min-snr":
@@ -151,14 +184,15 @@ class FlowMatchingSettings:
         unused = [name for name in ("autoencoder", "text") if getattr(self, name)]
         if unused:
             raise InvalidInput(f"flow_matching.{unused[0]} has no effect beside start, which brings its encoders.")
+        scratch = changed(self, "label_weight", "label_block", *(() if self.fresh else ("caption_gain",)))
+        if scratch:
+            raise InvalidInput(f"flow_matching.{scratch[0]} has no effect beside start. Remove one of them.")
         if self.fresh and self.train != "full":
             raise InvalidInput('flow_matching.fresh draws all weights anew, which needs train = "full".')
         if self.data and self.features:
             raise InvalidInput("flow_matching.features is of the drawn world; write [flow_matching.data] features.")
         if self.prior and not self.data:
             raise InvalidInput("[flow_matching.prior] needs pictures to learn from: add [flow_matching.data].")
-        if self.base_dtype != "float32" and self.train == "full":
-            raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
         tables = {name: table(kind, self, name) for name, kind in TABLES.items()}
         controls = bool(tables["data"] and tables["data"].controls)
         is_map = self.train == "controlnet" and tables["control"] is not None and tables["control"].kind == "map"
@@ -166,6 +200,8 @@ class FlowMatchingSettings:
             raise InvalidInput('flow_matching.data.controls goes with [flow_matching.control] kind = "map".')
         if tables["prior"] and not (tables["data"] and tables["data"].square):
             raise InvalidInput("[flow_matching.prior] needs [flow_matching.data] square = true: one size for both.")
+        if tables["prior"] and is_map:
+            raise InvalidInput('[flow_matching.prior] has no control pictures, so kind = "map" does not go with it.')
 
     def _check_scratch(self) -> None:
         if self.train != "full":
@@ -174,6 +210,8 @@ class FlowMatchingSettings:
         if unused:
             told = "needs the encoders of a model: set start"
             raise InvalidInput(f"flow_matching.{unused[0]} {told}, with fresh = true to draw the transformer anew.")
+        if not self.label_weight and changed(self, "label_block"):
+            raise InvalidInput("flow_matching.label_block has no effect with label_weight = 0. Remove one of them.")
         missing = [name for name in ("autoencoder", "text", "features") if not getattr(self, name)]
         if missing:
             raise InvalidInput(f"flow_matching lacks {', '.join(missing)}; add it, or a model to start from (start).")

@@ -25,6 +25,7 @@ from sana.checkpoints.text_parts import no_progress_bars
 from sana.data import cutouts
 from sana.data.cutout_captions import Caption, caption
 from sana.data.cutout_shapes import KINDS
+from sana.errors import InvalidInput
 from sana.text.gemma import with_cache
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
 from sana.training.config import RunSettings
@@ -56,6 +57,30 @@ class LanguageModelSettings:
     question_weight: float = 1.0
     instruction_share: float = 0.7
     """Share of the steps that put the instruction before the captions."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit each other, and shares that cannot be."""
+        for name in ("tokenizer_captions", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"language_model.{name} must be at least 1, but is {getattr(self, name)}.")
+        for name, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, whole) % getattr(self, name):
+                told = f"language_model.{name} must divide {whole}, {getattr(self, whole)}"
+                raise InvalidInput(f"{told}, but is {getattr(self, name)}.")
+        if self.question_weight < 0:
+            raise InvalidInput(f"language_model.question_weight must not be negative, but is {self.question_weight}.")
+        if not 0 <= self.instruction_share <= 1:
+            raise InvalidInput(f"language_model.instruction_share must lie in [0, 1], but is {self.instruction_share}.")
+
+    def check(self, run: RunSettings) -> None:
+        """Refuse switches of a run that change nothing here.
+
+        Raises:
+            InvalidInput: naming the switch.
+        """
+        for name in ("compile", "checkpointing"):
+            if getattr(run, name):
+                raise InvalidInput(f"run.{name} has no effect on 'language_model'. Switch it off.")
 
 
 def group_labels(scene: cutouts.Scene, index: int, said_colour: str | None, said_size: str | None) -> list[int]:
@@ -136,7 +161,8 @@ class LanguageModelObjective:
     better: Literal["lower", "higher"] = "higher"
 
     def __init__(self, settings: LanguageModelSettings, run: RunSettings, device: torch.device) -> None:
-        """Train the tokenizer and build the model."""
+        """Train the tokenizer and build the model. Errors: InvalidInput for settings that contradict each other."""
+        settings.check(run)
         torch.manual_seed(run.seed)
         self.settings, self.run, self.device = settings, run, device
         self.tokenizer = train_tokenizer(settings.vocabulary_size, run.seed, settings.tokenizer_captions)

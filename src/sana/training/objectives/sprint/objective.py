@@ -8,13 +8,12 @@ Shapes: B batch, C latent channels, h w latent size; x is a TrigFlow state divid
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Generator, Tensor, distributed, nn
 
-from sana.errors import InvalidInput
 from sana.flow.path import SIGMA_DATA, sigma_from_angle
 from sana.flow.schedules import MAX_ANGLE
 from sana.models.discriminator import DiscriminatorHeads
@@ -74,20 +73,17 @@ class SprintObjective:
             ModelNotFound, CheckpointError: the teacher is not to be had, or broken.
             InvalidInput: it cannot teach, or the settings do not fit it.
         """
-        if run.compile:
-            raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
-        if settings.misaligned and run.batch_size < 2:
-            raise InvalidInput("sprint.misaligned exchanges captions within a batch: raise run.batch_size above 1.")
+        settings.check(run)
         self.settings, self.run, self.device = settings, run, device
+        names = () if settings.data else ("scenes", "captions", "terse")
+        drawn: dict[str, Any] = {name: getattr(settings, name) for name in names}
         flow = FlowMatchingSettings(
             start=settings.teacher,
             data=settings.data,
             features=settings.features,
-            scenes=settings.scenes,
-            captions=settings.captions,
-            terse=settings.terse,
             dropout=0.0,
             prompts=settings.prompts,
+            **drawn,
         )
         self.origin = (opened or ModelOrigin)(flow, run, device)
         whole = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sana.errors import InvalidInput, did_you_mean
+from sana.training.config import RunSettings, build, changed, named
+from sana.training.objectives.flow_settings import DataSettings
 from sana.training.objectives.sprint.consistency import LIMITS
 from sana.training.objectives.sprint.trigflow import DERIVATIVES
 
@@ -81,9 +83,12 @@ class SprintSettings:
         for name in ("consistency_weight", "adversarial_weight", "gradient_penalty"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"sprint.{name} must not be negative, but is {getattr(self, name)}.")
-        unused = [name for name in ADVERSARIAL if getattr(self, name) != getattr(SprintSettings, name)]
-        if not self.adversarial_weight and unused:
-            raise InvalidInput(f"sprint.{unused[0]} has no effect with adversarial_weight = 0. Remove one of them.")
+        if not self.adversarial_weight and not self.consistency_weight:
+            raise InvalidInput("sprint.consistency_weight and adversarial_weight are both 0, so nothing would learn.")
+        for weight, owned in (("adversarial_weight", ADVERSARIAL), ("consistency_weight", CONSISTENCY)):
+            unused = changed(self, *owned)
+            if unused and not getattr(self, weight):
+                raise InvalidInput(f"sprint.{unused[0]} has no effect with {weight} = 0. Remove one of them.")
         if not 0 <= self.terse <= 1:
             raise InvalidInput(f"sprint.terse is a share of the captions, 0 to 1, but is {self.terse}.")
         if not 0 <= self.max_time_probability <= 1:
@@ -93,6 +98,24 @@ class SprintSettings:
             )
         if not self.data and not self.features:
             raise InvalidInput("The drawn world needs a folder for its features: set sprint.features, or sprint.data.")
+        drawn = changed(self, "features", "scenes", "captions", "terse")
+        if self.data and drawn:
+            more = "; write [sprint.data] features" if drawn[0] == "features" else " and has no effect on [sprint.data]"
+            raise InvalidInput(f"sprint.{drawn[0]} is of the drawn world{more}.")
+        if self.data:
+            with named("flow_matching.data", "sprint.data"):
+                build(DataSettings, self.data, "sprint.data")
+
+    def check(self, run: RunSettings) -> None:
+        """Refuse a run that does not go with these settings.
+
+        Raises:
+            InvalidInput: naming the setting.
+        """
+        if run.compile:
+            raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
+        if self.adversarial_weight and self.misaligned and run.batch_size < 2:
+            raise InvalidInput("sprint.misaligned exchanges captions within a batch: raise run.batch_size above 1.")
 
 
 ADVERSARIAL = (
@@ -105,3 +128,5 @@ ADVERSARIAL = (
     "gradient_penalty",
 )
 """Settings of the adversarial loss."""
+CONSISTENCY = ("warmup_steps", "limit", "derivative")
+"""Settings of the consistency loss alone."""
