@@ -1,6 +1,5 @@
 """The judges: exact, CLIP, and one's own."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sana.errors import InvalidInput, ModelNotFound
 from sana.evaluation.judges import CLIP_MATCH, ClipJudge, ExactJudge, find_judge
 from sana.evaluation.prompts import prompts_of
 from sana.evaluation.selection import Opinion
+from tiny_onlookers import picture_reader, save_clip
 
 
 def test_the_exact_judge_counts_what_is_fulfilled() -> None:
@@ -31,47 +31,32 @@ def test_the_exact_judge_counts_what_is_fulfilled() -> None:
 
 @pytest.fixture
 def clip_folder(tmp_path: Path) -> Path:
-    """A CLIP model of random weights that reads single letters."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
-
-    letters = [chr(code) for code in range(97, 123)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    small: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "projection_dim": 8,
-    }  # fmt: skip
-    text = {**small, "vocab_size": len(words), "max_position_embeddings": 12, "bos_token_id": len(words) - 2,
-            "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}  # fmt: skip
-    vision = {**small, "image_size": 32, "patch_size": 16}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(tmp_path / "clip")
-    tokenizer = CLIPTokenizerFast(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
-    tokenizer.save_pretrained(tmp_path / "clip")
-    return tmp_path / "clip"
+    """A CLIP model of random weights."""
+    return save_clip(tmp_path / "clip")
 
 
 def test_clip_gives_the_cosine_of_its_model(clip_folder: Path) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
     judge = find_judge(f"clip:{clip_folder}")
     assert judge.name == f"clip {clip_folder}"
     picture = Image.fromarray(render(prompts_of("counting", 1)[0].scene))
-    opinion = judge.judge("ab c", picture)
+    opinion = judge.judge("a red fish", picture)
     assert -1 <= opinion.score <= 1
     assert opinion.matches is (opinion.score >= CLIP_MATCH)
     assert isinstance(judge, ClipJudge)
+    model: Any = CLIPModel.from_pretrained(clip_folder).eval()
+    words = AutoTokenizer.from_pretrained(clip_folder)(["a red fish"], return_tensors="pt")
+    pixels = picture_reader()(images=[picture], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        tokens = judge._tokenizer("ab c", return_tensors="pt")
-        whole = judge._model(**tokens, pixel_values=judge._pixels(picture))
+        whole = model(input_ids=words["input_ids"], attention_mask=words["attention_mask"], pixel_values=pixels)
     cosine = float((whole.text_embeds * whole.image_embeds).sum())
     assert opinion.score == pytest.approx(cosine, abs=1e-5)
-    assert judge.judge("z " * 60, picture).score != opinion.score  # too long a prompt is cut, not refused
+    assert judge.judge("blue " * 90, picture).score != opinion.score  # too long a prompt is cut, not refused
 
 
 def test_a_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="nowhere cannot be loaded"):
+    with pytest.raises(ModelNotFound, match=r"There is no model '.*nowhere'"):
         find_judge(f"clip:{tmp_path / 'nowhere'}")
 
 

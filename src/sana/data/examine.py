@@ -15,6 +15,8 @@ from sana.errors import BadData, InvalidInput
 
 TOLERANCE = 0.01
 """Share of broken samples from which on a run is refused."""
+SHOWN = 3
+"""Broken samples that a refusal names."""
 TINY = 64
 """Pixels of a shorter side, below which a picture is told as tiny."""
 Bucket = tuple[int, int]
@@ -111,14 +113,16 @@ def survey(source: Dataset, wanted: Wanted | None = None, *, tolerance: float = 
     return Survey(indices=tuple(indices), buckets=tuple(buckets), findings=tuple(findings), total=total)
 
 
-def check_share(findings: Sequence[Finding], total: int, tolerance: float = TOLERANCE) -> None:
-    """Raise BadData if more than the tolerated share of `total` samples is broken."""
+def check_share(findings: Sequence[Finding], total: int, tolerance: float = TOLERANCE, *, where: str = "") -> None:
+    """Raise BadData if more than the tolerated share of `total` samples is broken; `where` names their source."""
     broken = [finding for finding in findings if finding.is_broken]
     count = sum(finding.samples for finding in broken)
     if count > tolerance * total:
+        source = f" in {where}" if where else ""
+        shown = "; ".join(str(finding).removesuffix(".") for finding in broken[:SHOWN])
         raise BadData(
-            f"{count} of {total} samples are broken ({count / max(total, 1):.1%}), which is more than the"
-            f" {tolerance:.1%} that a run puts up with. The first: {broken[0]} `sana dataset check` lists all."
+            f"{count} of {total} samples{source} are broken ({count / max(total, 1):.1%}), which is more than the"
+            f" {tolerance:.1%} that a run puts up with. The first: {shown}. `sana dataset check` lists all."
         )
 
 

@@ -7,7 +7,6 @@ original code wants it. The name of a folder such as `10_sks dog` tells how ofte
 and what they show where no caption does.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sana.data.identity import identity_of
 from sana.data.pictures import MAX_BYTES, picture_size, read_picture
 from sana.data.samples import BadSample, Caption, Finding, Sample
 from sana.data.texts import MAX_JSON, captions_of, json_lines, one_line, parse_json
@@ -28,8 +28,6 @@ TEXTS = (".txt", ".caption")
 UNREAD = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jfif", ".jxl", ".psd", ".svg")
 """Suffixes of pictures that are not read, and told."""
 RECORDS, NAMES = "metadata.jsonl", "meta_data.json"
-ENDS = 4096
-"""Bytes of a picture's beginning and end that go into the identity: compressed pixels change the end of a file."""
 _REPEATS = re.compile(r"(\d{1,3})_(.+)")
 
 
@@ -117,20 +115,11 @@ class FolderSource:
     def identity(self, *, captions: bool = True) -> str:
         """Return the digest over names, captions, sizes and both ends of all files; see `Source`."""
         if captions not in self._identities:
-            self._identities[captions] = self._digest(captions)
+            told = (lambda i: self._captions(self._entries[i])) if captions else None
+            self._identities[captions] = identity_of(
+                [entry.path for entry in self._entries], lambda i: self.file(i).open("rb"), told
+            )
         return self._identities[captions]
-
-    def _digest(self, captions: bool) -> str:
-        digest = hashlib.sha256()
-        for entry in self._entries:
-            digest.update(f"\n{entry.path}\0".encode("utf-8", "surrogateescape"))
-            try:
-                digest.update(_ends(self.folder / entry.path))
-                if captions:
-                    digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
-            except (OSError, BadSample) as error:
-                digest.update(type(error).__name__.encode())
-        return digest.hexdigest()
 
     def _captions(self, entry: _Entry) -> tuple[Caption, ...]:
         captions = list(entry.captions)
@@ -290,12 +279,3 @@ def _read(path: Path, name: str, most: int = 2**20 + 1) -> bytes:
     except OSError as error:
         text = f"The file cannot be read ({error.strerror})."
         raise BadSample(Finding(kind="bad-text", place=name, text=text)) from None
-
-
-def _ends(path: Path) -> bytes:
-    """Return the size of a file with its beginning and its end."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(ENDS)
-        file.seek(max(0, size - ENDS))
-        return b"%d\0" % size + head + file.read(ENDS)

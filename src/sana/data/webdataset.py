@@ -6,13 +6,12 @@ keyed by sample: captions as {key: {captioner: text}}, CLIP scores as {key: {cap
 which tars there are, and how many samples each has.
 """
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sana.data.folder import ENDS
+from sana.data.identity import identity_of
 from sana.data.pictures import picture_size, read_picture
 from sana.data.samples import BadSample, Caption, Finding, Sample
 from sana.data.tar import Index, Member, Opened, read_index, read_member, shown, split_name
@@ -115,25 +114,11 @@ class ShardSource:
     def identity(self, *, captions: bool = True) -> str:
         """Return the digest over keys, captions, sizes and both ends of all pictures; see `Source`."""
         if captions not in self._identities:
-            self._identities[captions] = self._digest(captions)
+            told = (lambda i: self._captions(self._entries[i])) if captions else None
+            self._identities[captions] = identity_of(
+                map(self._place, self._entries), lambda i: self._open(self._entries[i]), told
+            )
         return self._identities[captions]
-
-    def _digest(self, captions: bool) -> str:
-        digest = hashlib.sha256()
-        for entry in self._entries:
-            digest.update(f"\n{self._place(entry)}\0".encode("utf-8", "surrogateescape"))
-            try:
-                with self._open(entry) as file:
-                    size = file.seek(0, io.SEEK_END)
-                    digest.update(b"%d\0" % size)
-                    for place in (0, max(0, size - ENDS)):
-                        file.seek(place)
-                        digest.update(file.read(ENDS))
-                if captions:
-                    digest.update(repr(self._captions(entry)).encode("utf-8", "surrogatepass"))
-            except BadSample as error:
-                digest.update(error.finding.kind.encode())
-        return digest.hexdigest()
 
     def _open(self, entry: _Entry) -> io.BufferedReader:
         member = entry.members[_picture(entry.members)]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sana.errors import InvalidInput, ModelNotFound, did_you_mean
+from sana.errors import InvalidInput, did_you_mean
 from sana.evaluation.selection import Judge, Opinion
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ CLIP_MODEL = "openai/clip-vit-base-patch32"
 """Taken where no other is named: 151 million parameters, MIT licence."""
 CLIP_MATCH = 0.25
 """Least cosine of picture and prompt that counts as a match; it goes into records and changes no choice."""
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class ExactJudge:
@@ -50,48 +49,18 @@ class ClipJudge:
         """Load a model from the hub or a folder.
 
         Raises:
-            ModelNotFound: it is neither here nor to be had.
+            ModelNotFound, CheckpointError: it cannot be had, or is no CLIP.
         """
-        from transformers import CLIPModel, CLIPTokenizerFast
-
-        from sana.checkpoints.text_parts import no_progress_bars
+        from sana.evaluation.clip_score import ClipScorer
 
         self.name = f"clip {model}"
-        try:
-            with no_progress_bars():
-                self._tokenizer = CLIPTokenizerFast.from_pretrained(model)
-                self._model: Any = CLIPModel.from_pretrained(model).eval().to(device)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelNotFound(f"The judge {model} cannot be loaded ({reason.rstrip('.')}).") from error
+        self._scorer = ClipScorer(model, device=device)
 
     def judge(self, prompt: str, picture: "Image") -> Opinion:
         """Return the opinion."""
-        import torch
-
-        device = self._model.device
-        words = self._tokenizer(prompt, truncation=True, max_length=self._most_tokens, return_tensors="pt").to(device)
-        with torch.no_grad():
-            text = self._model.text_projection(self._model.text_model(**words).pooler_output)
-            seen = self._model.vision_model(pixel_values=self._pixels(picture).to(device)).pooler_output
-            image = self._model.visual_projection(seen)
-        score = float(torch.cosine_similarity(text.float(), image.float()))
+        seen, read = self._scorer.pictures([picture.convert("RGB")]), self._scorer.texts([prompt])
+        score = float((seen * read).sum())
         return Opinion(matches=score >= CLIP_MATCH, score=score)
-
-    @property
-    def _most_tokens(self) -> int:
-        return int(self._model.config.text_config.max_position_embeddings)
-
-    def _pixels(self, picture: "Image") -> Any:
-        """Return [1, 3, S, S]: the middle square at the model's size, normalised as CLIP was trained."""
-        import numpy as np
-        import torch
-        from PIL import Image, ImageOps
-
-        side = int(self._model.config.vision_config.image_size)
-        square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-        values = torch.from_numpy(np.asarray(square, np.float32) / 255)
-        return ((values - torch.tensor(_CLIP_MEAN)) / torch.tensor(_CLIP_STD)).permute(2, 0, 1)[None]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
 from sana.data.captions import choose, is_wanted, triggered
+from sana.data.examine import check_share
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
 from sana.data.samples import BadSample, Dataset, Finding, Sample
@@ -28,8 +29,6 @@ from sana.training.batches import Batch, collated, joined, without_some_controls
 from sana.training.dataset_features import DatasetFeatures, Encoders, Pictures
 from sana.training.objectives.flow_settings import DataSettings
 
-BAD_SHARE = 0.01
-"""Share of broken samples that a run puts up with."""
 LATENTS, CONTROL = "latents", "control"
 _SHOWN = 5
 _log = logging.getLogger(__name__)
@@ -194,14 +193,8 @@ class DatasetBatches:
             self._judge(len(self.samples))
 
     def _judge(self, usable: int) -> None:
-        total = usable + len(self._bad)
-        if len(self._bad) > BAD_SHARE * total:
-            shown = "; ".join(map(str, self._bad[:_SHOWN]))
-            more = f"; and {len(self._bad) - _SHOWN} more" if len(self._bad) > _SHOWN else ""
-            raise BadData(
-                f"{len(self._bad)} of {total} samples in {self.settings.path} are broken, more than 1 %: {shown}{more}."
-                " Mend or remove them (sana dataset check lists all)."
-            )
+        total = usable + sum(finding.samples for finding in self._bad)
+        check_share(self._bad, total, where=self.settings.path)
 
     def _bucket(self, sample: Sample) -> tuple[int, int]:
         return bucket_for(sample.width, sample.height, self.side, aspect=not self.settings.square)
