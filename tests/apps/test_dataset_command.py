@@ -329,7 +329,7 @@ def test_a_preview_shows_what_training_sees(sana: Sana) -> None:
 def test_help_tells_the_tasks_and_their_options(sana: Sana) -> None:
     said = sana("dataset", "--help")
     assert said.code == 0
-    for task in ("check", "pack", "caption-stats", "preview"):
+    for task in ("check", "pack", "unpack", "caption-stats", "preview"):
         assert f"sana dataset {task}" in said.out
         told = sana("dataset", task, "--help")
         assert told.code == 0

@@ -8,7 +8,7 @@ samples give the same bytes.
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -36,15 +36,20 @@ def shard_name(number: int) -> str:
 
 def keys(source: Dataset, numbers: Sequence[int]) -> list[str]:
     """Return a key for every sample: its own, without the dots and slashes that mean something in tars."""
+    return unique(source.sample(number).key for number in numbers)
+
+
+def unique(keys: Iterable[str]) -> list[str]:
+    """Return the keys without dots and slashes, those that are there before with a number behind them."""
     given: set[str] = set()
     made = []
-    for number in numbers:
-        key = source.sample(number).key.replace("/", "_").replace(".", "_")
-        unique, count = key, 2
-        while unique in given:
-            unique, count = f"{key}_{count}", count + 1
-        given.add(unique)
-        made.append(unique)
+    for told in keys:
+        key = told.replace("/", "_").replace(".", "_")
+        name, count = key, 2
+        while name in given:
+            name, count = f"{key}_{count}", count + 1
+        given.add(name)
+        made.append(name)
     return made
 
 

@@ -20,6 +20,7 @@ class Task(NamedTuple):
 TASKS = {
     "check": Task("sana.apps.cli.verbs.dataset_check", "find what is broken, tiny, double, empty or too long"),
     "pack": Task("sana.apps.cli.verbs.dataset_pack", "write a folder as tars that training reads fast"),
+    "unpack": Task("sana.apps.cli.verbs.dataset_unpack", "write tars as a folder of pictures again"),
     "caption": Task("sana.apps.cli.verbs.dataset_captioning", "write captions with a vision-language model"),
     "score": Task("sana.apps.cli.verbs.dataset_scoring", "write how well captions describe their pictures (CLIP)"),
     "caption-stats": Task("sana.apps.cli.verbs.dataset_captions", "lengths, words, doubles and scores of the captions"),
