@@ -148,6 +148,26 @@ GOLDEN: dict[str, Golden] = {
             "d8f0ded8f0ded8efdcd9e4b7d7e3b7d7efddd8f0ded8f0de"
         ),
     ),
+    "nano-sprint": Golden(
+        request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 2},
+        tokens=(2, 277, 459, 537, 722, 392, 480, 489),
+        latents=(
+            -0.38298, 0.11119, 0.56007, -0.08266, -0.13045, -0.28162, -3.3467, -0.14185, -0.19839, 0.42035,
+            -1.85258, -0.12765, 0.17607, 0.28866, 0.32957, 0.37161, 0.64938, -2.95795, -0.78631, -0.08483,
+            -0.17207, 4.28169, 0.50984, -0.01965, 0.45769, 2.92237, 2.46302, -0.34044, 0.32356, -0.01586,
+            -0.31449, -0.06982,
+        ),
+        pixels=bytes.fromhex(
+            "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded7c9bbd7817cd7afa5d5d8c9d8f0ded8f0de"
+            "d8f0ded8f0ded6a59bd43537d16764d4d9c9d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded5ecdbd8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded8f0dedee5aad8f0ddd8f0ded8f0ded8f0de"
+            "d8f0ded8f0dedaeed1f4d130e3e293d8f0ded8f0ded8f0de"
+            "d8f0ded8f0dee0e6a8edcc37e1d164d7eedbd8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded7efddd8f0ded8f0ded8f0ded8f0de"
+        ),
+    ),
     "nano-controlnet": Golden(
         request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 6},
         tokens=(2, 277, 459, 537, 722, 392, 480, 489),
