@@ -90,12 +90,17 @@ def measure(folder: str) -> None:
     sys.stdout.write(json.dumps([expected, memory("VmHWM") - before]))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process")
-def test_the_estimate_is_within_a_factor_of_a_half_of_what_is_taken(tmp_path: Path) -> None:
-    # What other tests have freed would be taken again unseen: a fresh process has freed nothing.
-    code = f"import test_needs; test_needs.measure({str(tmp_path)!r})"
+def measured(module: str, folder: Path) -> list[float]:
+    """What `measure` of a test module prints in a fresh process: what other tests freed would be taken again unseen."""
+    code = f"import {module}; {module}.measure({str(folder)!r})"
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
-    expected, taken = json.loads(done.stdout)
+    found: list[float] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process")
+def test_the_estimate_is_within_a_factor_of_a_half_of_what_is_taken(tmp_path: Path) -> None:
+    expected, taken = measured("test_needs", tmp_path)
     assert expected > 100e6
     assert 0.67 < taken / expected < 1.5, (expected, taken)

@@ -1,15 +1,14 @@
 """What published sizes will need, told from their configurations: held against models with weights."""
 
 import json
-import os
-from collections.abc import Callable
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_needs import bare_memory, memory
+from test_needs import bare_memory, measured, memory
 
 from sana.card import AUTOENCODER_PARAMS, TEXT_ENCODER_PARAMS
 from sana.cards import CARDS
@@ -27,6 +26,8 @@ CPU = torch.device("cpu")
 NANO = CARDS["nano"]
 TEACHER = replace(NANO, transformer=replace(NANO.transformer, timestep_scale=0.001))
 PUBLISHED = sorted(ROOT.glob("recipes/sana-*/*.toml")) + sorted(ROOT.glob("recipes/autoencoder/*.toml"))
+LEARNERS = (caption_attention, linear_attention, mixffn)
+"""Modules with a way of their own to learn on CPUs."""
 MOST = 32e9 / 2**30
 """GiB of the 32 GB that the original states."""
 
@@ -55,7 +56,7 @@ def with_values(recipe: Recipe) -> Any:
 @pytest.fixture
 def as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways that accelerators take, too, in place of those that only a CPU takes."""
-    for module in (caption_attention, linear_attention, mixffn):
+    for module in LEARNERS:
         monkeypatch.setattr(module, "learning", lambda *_: False)
 
 
@@ -75,34 +76,25 @@ def test_tensors_without_values_need_what_those_with_values_need(kind: str, as_e
     assert real.activations > 1e6
 
 
-def fork(task: Callable[[], list[float]]) -> list[float]:
-    told, reading = os.pipe()[::-1]
-    process = os.fork()
-    if process == 0:
-        os.write(told, json.dumps(task()).encode())
-        os._exit(0)
-    assert os.waitpid(process, 0)[1] == 0
-    found: list[float] = json.loads(os.read(reading, 1000))
-    return found
+def measure(folder: str) -> None:
+    """Print what a run of nano is told to need and what it takes; to be run in a process of its own."""
+    for module in LEARNERS:
+        module.learning = lambda *_: False  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    recipe = on_nano("finetune", **{"run.batch_size": "32", "optimizer.name": "adamw", "run.precision": "float32"})
+    expected = replace(rehearsed(recipe), encoders=0, previews=0).total
+    before = bare_memory()
+    made = with_values(recipe)
+    Path("/proc/self/clear_refs").write_text("5")
+    trainer = Trainer(made, replace(recipe.run, steps=2), recipe.optimizer, Path(folder))
+    trainer.save = trainer._look = lambda: None  # type: ignore[method-assign]
+    list(trainer.steps())
+    sys.stdout.write(json.dumps([expected, memory("VmHWM") - before]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak of a process")
-def test_a_run_of_nano_takes_what_is_told(as_elsewhere: None, tmp_path: Path) -> None:
-    recipe = on_nano("finetune", **{"run.batch_size": "32", "optimizer.name": "adamw", "run.precision": "float32"})
-    told = rehearsed(recipe)
-
-    def task() -> list[float]:
-        torch.set_num_threads(1)
-        before = bare_memory()
-        made = with_values(recipe)
-        Path("/proc/self/clear_refs").write_text("5")
-        trainer = Trainer(made, replace(recipe.run, steps=2), recipe.optimizer, tmp_path)
-        trainer.save = trainer._look = lambda: None  # type: ignore[method-assign]
-        list(trainer.steps())
-        return [memory("VmHWM") - before]
-
-    (taken,) = fork(task)
-    expected = replace(told, encoders=0, previews=0).total
+def test_a_run_of_nano_takes_what_is_told(tmp_path: Path) -> None:
+    expected, taken = measured("test_rehearsal", tmp_path)
     assert expected > 100e6
     assert 0.67 < taken / expected < 1.5, (expected, taken)
 
