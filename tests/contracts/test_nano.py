@@ -1,5 +1,6 @@
 """The built-in model: its size, its layout, and that its pictures show what the prompt says."""
 
+import itertools
 import json
 import logging
 import os
@@ -120,14 +121,12 @@ def test_its_tokenizer_is_what_the_recipe_trains() -> None:
 def test_the_readmes_table_is_the_report_that_was_measured() -> None:
     root = Path(__file__).parents[2]
     scores = json.loads((root / "recipes" / "nano" / "reports" / "geneval.json").read_text(encoding="utf-8"))["scores"]
-    rows = {
-        cells[0]: cells[1:]
-        for cells in (
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in (root / "README.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith("|")
-        )
-    }
+    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    heading = next(i for i, line in enumerate(lines) if line.startswith("| task") and "ground truth" in line)
+    rows = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[heading + 2 :]):
+        task, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[task] = cells
     assert len(scores) == 7
     for task, score in scores.items():
         share = score["score"]["share"]
