@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from sana.apps.cli.machine import out_of_memory_told
 from sana.apps.cli.manifest import Manifest, digest
 from sana.apps.cli.order import Job, Order, told_as_flags
 from sana.apps.cli.output import Progress, Terminal, duration
+from sana.apps.cli.report import BatchFailed, PartialBatch, Report
 from sana.apps.cli.sheet import Sheet
 from sana.apps.cli.values import runs_of
 from sana.apps.cli.writer import Task, Writer, print_png
@@ -27,60 +27,12 @@ if TYPE_CHECKING:
     from sana.engine.parts import Parts
     from sana.flow.samplers import Step
 
-_LEFT_OUT = ("skipped", "jobs", "sheet", "failed", "selection")
-"""Of the document, where they are empty."""
 SOFT_EDGES = frozenset({"soft-edge", "hed", "scribble"})
 """Kinds of control pictures that look alike."""
 MOST_SHOWN = 4
 """Pictures of an order that are shown in the terminal without being asked for."""
-
-
 MOST_FAILURES = 5
 """Reasons that are told at the end of a batch."""
-
-
-class BatchFailed(SanaError):
-    """A batch went to its end, but some pictures could not be drawn."""
-
-    exit_code = 6
-
-
-class PartialBatch(SanaError):
-    """Some of the pictures were written before the error."""
-
-    exit_code = 6
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What was done so far; becomes the JSON document."""
-
-    files: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
-    timings: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    """Files that were there already."""
-    jobs: list[dict[str, Any]] = field(default_factory=list)
-    """Settings, files and seeds of each of several prompts or points of a sweep."""
-    sheet: str | None = None
-    selection: list[dict[str, Any]] = field(default_factory=list)
-    """For each file how its picture was chosen among candidates, where it was."""
-    failed: list[dict[str, Any]] = field(default_factory=list)
-    """Pictures of a batch that could not be drawn, and why."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the document."""
-        timings = {stage: round(seconds, 4) for stage, seconds in self.timings.items()}
-        document = {**dataclasses.asdict(self), "timings": timings}
-        return {name: value for name, value in document.items() if value or name not in _LEFT_OUT}
-
-    def add(self, result: Result) -> None:
-        """Take in what a finished call of the engine took."""
-        for stage, seconds in result.timings.items():
-            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
 
 
 class Drawing:

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sana.apps.cli.drawing import Drawing, Report
+from sana.apps.cli.drawing import Drawing
 from sana.apps.cli.machine import introduce
 from sana.apps.cli.manifest import Manifest
 from sana.apps.cli.names import check_files, open_to_all
 from sana.apps.cli.order import Order, named_as_flags, parse
 from sana.apps.cli.output import Terminal
+from sana.apps.cli.report import Report
 from sana.apps.cli.settings import FLAG
 from sana.cards import CARDS
 from sana.errors import InvalidInput
