@@ -76,6 +76,8 @@ def test_accelerate_launches_two_processes_that_walk_as_one(tmp_path: Path) -> N
         done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=170, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [str(tmp_path / place / "small" / "export")]  # one of them speaks
+        assert done.stderr.count("preparing") == 1
+        assert "Grad strides" not in done.stderr
     losses = [[line["loss"] for line in metrics(tmp_path / at / "small") if "loss" in line] for at in ("two", "one")]
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -60,9 +60,21 @@ def as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "learning", lambda *_: False)
 
 
-@pytest.mark.parametrize("kind", ["finetune", "lora", "dreambooth", "controlnet", "sprint"])
-def test_tensors_without_values_need_what_those_with_values_need(kind: str, as_elsewhere: None) -> None:
-    recipe = on_nano(kind)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("finetune", {}),
+        ("lora", {}),
+        ("dreambooth", {}),
+        ("controlnet", {}),
+        ("sprint", {}),
+        ("sprint", {"sprint.matching_weight": "1.0", "sprint.max_time_probability": "0.6"}),
+    ],
+)
+def test_tensors_without_values_need_what_those_with_values_need(
+    kind: str, changes: dict[str, str], as_elsewhere: None
+) -> None:
+    recipe = on_nano(kind, **changes)
     made = with_values(recipe)
 
     def walk(draw: int, turn: str) -> None:

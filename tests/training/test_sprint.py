@@ -1,6 +1,5 @@
 """The two players of a Sprint distillation on a tiny teacher."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from sana.errors import InvalidInput
 from sana.flow.schedules import MAX_ANGLE
 from sana.models.discriminator import DiscriminatorHeads, LocalBatchNorm
 from sana.models.linear_dit import LinearDiT
-from sana.training.batches import Batch
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
 from sana.training.objectives.sprint import objective as module
@@ -22,56 +20,15 @@ from sana.training.objectives.sprint.networks import check_teacher, go_on, stude
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from tiny_model import tiny_transformer
+from tiny_sprint import CPU, FakeBatches, tiny_teacher
+
+__all__ = ["tiny_teacher"]
 
 RUN = RunSettings(steps=6, batch_size=4, precision="float32", evaluate_every=6, save_every=2, log_every=1, ema=0.5)
 SETTINGS = SprintSettings(teacher="tiny", features="nowhere", taps=(0, 1), warmup_steps=4)
-CPU = torch.device("cpu")
 
 
-class FakeBatches:
-    """Random latents under random texts."""
-
-    null = torch.zeros(1, 32)
-
-    def batch(self, draw: int, generator: torch.Generator) -> Batch:
-        return Batch(
-            latents=torch.randn(4, 4, 4, 4, generator=generator),
-            embeds=torch.randn(4, 5, 32, generator=generator),
-            mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]),
-        )
-
-    def held_out(self) -> list[Batch]:
-        return [self.batch(0, torch.Generator().manual_seed(9))]
-
-
-class FakeOrigin:
-    """Stands for a model and data on disk."""
-
-    teacher: LinearDiT
-
-    def __init__(self, *_: Any) -> None:
-        self.batches = FakeBatches()
-        self.start = self
-
-    def transformer(self, *_: Any) -> LinearDiT:
-        return copy.deepcopy(self.teacher)
-
-    def preview_batch(self) -> Batch:
-        return self.batches.held_out()[0]
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents[:, :3]
-
-
-@pytest.fixture
-def teacher(monkeypatch: pytest.MonkeyPatch) -> LinearDiT:
-    model: LinearDiT = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001)
-    monkeypatch.setattr(FakeOrigin, "teacher", model, raising=False)
-    monkeypatch.setattr(module, "ModelOrigin", FakeOrigin)
-    return model
-
-
-def test_the_players_alternate_each_with_its_own_weights(teacher: LinearDiT, tmp_path: Path) -> None:
+def test_the_players_alternate_each_with_its_own_weights(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
     objective = SprintObjective(SETTINGS, RUN, CPU)
     names = {turn: {name for name, _ in objective.parameters_of(turn)} for turn in objective.turns}
     assert objective.turns == ("generator", "discriminator")
@@ -92,14 +49,14 @@ def test_the_players_alternate_each_with_its_own_weights(teacher: LinearDiT, tmp
         assert changed
         assert changed <= names[turn]
     assert all(torch.equal(value, before[name]) for name, value in objective.teacher.state_dict().items())
-    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in tiny_teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in objective.teacher.parameters())
     assert report.figures is not None
     assert report.figures["distance"] > 0
     assert (tmp_path / "previews" / "00000006.png").is_file()
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(teacher: LinearDiT, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_weights(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
     def trained(folder: Path, *stops: int) -> dict[str, Tensor]:
         for stop in (*stops, RUN.steps):
             trainer = Trainer(SprintObjective(SETTINGS, RUN, CPU), RUN, OptimizerSettings(warmup=1), folder)
@@ -113,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(teacher: LinearDiT, tmp_path:
     assert all(torch.equal(value, broken[name]) for name, value in whole.items())
 
 
-def test_the_warm_up_counts_the_steps_of_both_players(teacher: LinearDiT) -> None:
+def test_the_warm_up_counts_the_steps_of_both_players(tiny_teacher: LinearDiT) -> None:
     objective = SprintObjective(SETTINGS, RUN, CPU)
     assert [objective._warmed(draw) for draw in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
     twice = SprintObjective(SETTINGS, dataclasses.replace(RUN, accumulate=2), CPU)
@@ -122,7 +79,7 @@ def test_the_warm_up_counts_the_steps_of_both_players(teacher: LinearDiT) -> Non
 
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
 def test_the_share_of_jumps_from_pure_noise_is_a_share_and_never_an_angle(
-    teacher: LinearDiT, probability: float, share: float
+    tiny_teacher: LinearDiT, probability: float, share: float
 ) -> None:
     objective = SprintObjective(dataclasses.replace(SETTINGS, max_time_probability=probability), RUN, CPU)
     seen: list[Tensor] = []
@@ -136,7 +93,7 @@ def test_the_share_of_jumps_from_pure_noise_is_a_share_and_never_an_angle(
     assert not bool((seen[0] == 0.5).any())
 
 
-def test_true_latents_under_other_captions_are_fakes(teacher: LinearDiT) -> None:
+def test_true_latents_under_other_captions_are_fakes(tiny_teacher: LinearDiT) -> None:
     both = SprintObjective(SETTINGS, RUN, CPU).loss(1, "discriminator")[0]
     alone = SprintObjective(dataclasses.replace(SETTINGS, misaligned=False), RUN, CPU).loss(1, "discriminator")[0]
     assert not torch.equal(both, alone)
@@ -144,7 +101,7 @@ def test_true_latents_under_other_captions_are_fakes(teacher: LinearDiT) -> None
         SprintObjective(SETTINGS, dataclasses.replace(RUN, batch_size=1), CPU)
 
 
-def test_the_gradient_penalty_is_optional_and_is_the_slope_at_the_heads(teacher: LinearDiT) -> None:
+def test_the_gradient_penalty_is_optional_and_is_the_slope_at_the_heads(tiny_teacher: LinearDiT) -> None:
     logged = SprintObjective(dataclasses.replace(SETTINGS, gradient_penalty=0.1), RUN, CPU).loss(1, "discriminator")[1]
     assert "penalty" in logged
     weight = torch.tensor([2.0, 3.0])
@@ -165,18 +122,18 @@ def test_taps_are_the_published_ones_and_reach_the_last_block_elsewhere() -> Non
     assert taps_of(1) == (0,)
 
 
-def test_tapped_blocks_are_those_of_an_ordinary_pass(teacher: LinearDiT) -> None:
+def test_tapped_blocks_are_those_of_an_ordinary_pass(tiny_teacher: LinearDiT) -> None:
     batch = FakeBatches().batch(0, torch.Generator().manual_seed(0))
     kept: list[Tensor] = []
-    handle = teacher.transformer_blocks[1].register_forward_hook(lambda _m, _i, out: kept.append(out))
+    handle = tiny_teacher.transformer_blocks[1].register_forward_hook(lambda _m, _i, out: kept.append(out))
     with torch.no_grad():
-        found = tapped(teacher, (batch.embeds, batch.mask), batch.latents, torch.full((4,), 0.7), (0, 1))
+        found = tapped(tiny_teacher, (batch.embeds, batch.mask), batch.latents, torch.full((4,), 0.7), (0, 1))
     handle.remove()
     assert [tuple(x.shape) for x in found] == [(4, 16, 32)] * 2
     assert torch.equal(found[1], kept[0])
-    modulation = teacher.modulation(torch.zeros(4))
+    modulation = tiny_teacher.modulation(torch.zeros(4))
     with pytest.raises(InvalidInput, match="blocks 0 to 1"):
-        teacher.features(batch.latents, modulation, (), None, (2,))
+        tiny_teacher.features(batch.latents, modulation, (), None, (2,))
 
 
 def test_the_local_norm_whitens_groups_and_refuses_a_batch_that_does_not_split() -> None:
@@ -234,12 +191,14 @@ def test_wrong_settings_are_one_clear_sentence(changes: dict[str, Any], message:
         dataclasses.replace(SETTINGS, **changes)
 
 
-def test_compiled_blocks_are_refused(teacher: LinearDiT) -> None:
+def test_compiled_blocks_are_refused(tiny_teacher: LinearDiT) -> None:
     with pytest.raises(InvalidInput, match=r"run\.compile does not go with sprint"):
         SprintObjective(SETTINGS, dataclasses.replace(RUN, compile=True), CPU)
 
 
-def test_without_a_tangent_nothing_pulls_at_the_student(teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_tangent_nothing_pulls_at_the_student(
+    tiny_teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither the weight that adapts to time, nor what bfloat16 rounds otherwise in the pass of the derivative."""
     monkeypatch.setitem(module.LIMITS, "norm", torch.zeros_like)
     objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0, taps=()), RUN, CPU)
@@ -253,7 +212,7 @@ def test_without_a_tangent_nothing_pulls_at_the_student(teacher: LinearDiT, monk
     assert all(not bool(gradient.any()) for gradient in gradients)
 
 
-def test_without_the_adversarial_loss_every_step_is_the_generators(teacher: LinearDiT, tmp_path: Path) -> None:
+def test_without_the_adversarial_loss_every_step_is_the_generators(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
     objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0, taps=()), RUN, CPU)
     heads = {name: value.clone() for name, value in objective.module.heads.state_dict().items()}
     student = {name: value.clone() for name, value in objective.student.state_dict().items()}
@@ -266,8 +225,8 @@ def test_without_the_adversarial_loss_every_step_is_the_generators(teacher: Line
         dataclasses.replace(SETTINGS, adversarial_weight=0.0)
 
 
-def test_a_student_goes_on_from_a_distilled_model_of_its_teacher_alone(teacher: LinearDiT) -> None:
-    distilled = student_of(teacher, 1)
+def test_a_student_goes_on_from_a_distilled_model_of_its_teacher_alone(tiny_teacher: LinearDiT) -> None:
+    distilled = student_of(tiny_teacher, 1)
     with torch.no_grad():
         distilled.proj_out.bias.add_(1.0)
 
@@ -277,9 +236,9 @@ def test_a_student_goes_on_from_a_distilled_model_of_its_teacher_alone(teacher: 
         def transformer(self, *_: Any) -> LinearDiT:
             return distilled
 
-    student = student_of(teacher, 0)
+    student = student_of(tiny_teacher, 0)
     go_on(student, Start())  # type: ignore[arg-type]
     assert all(torch.equal(value, distilled.state_dict()[name]) for name, value in student.state_dict().items())
-    distilled = teacher
+    distilled = tiny_teacher
     with pytest.raises(InvalidInput, match=r"distilled is no distilled model of this teacher: its \w+ is"):
         go_on(student, Start())  # type: ignore[arg-type]

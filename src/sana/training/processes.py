@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, cast
@@ -77,6 +78,8 @@ class Processes:
     def prepare(self, turn: str) -> None:
         """Let the gradients of a turn, whose parameters alone require them now, be averaged over the processes."""
         if self.world > 1 and not self.run.shard and turn not in self._copies:
+            # Axes of length 1 have no one stride; that is all that differs in the weights of a depthwise convolution.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self._copies[turn] = self.accelerator.prepare_model(_Call(self._objective))
 
     def loss(self, draw: int, turn: str, *, is_last: bool) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -138,6 +138,6 @@ OBJECTIVES: dict[str, Kind] = {
         SprintObjective,
         ("features",),
         check=SprintSettings.check,
-        has_two_players=lambda settings: settings.adversarial_weight > 0,
+        has_two_players=lambda settings: settings.has_two_players,
     ),
 }

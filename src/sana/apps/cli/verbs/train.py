@@ -94,6 +94,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     stages = plan(recipes, overrides, options.output)
     if options.dry_run:
         return _tell_needs(stages, terminal)
+    if os.environ.get("RANK", "0") != "0":  # the launchers of several processes number them so
+        terminal.quiet, terminal.json, terminal.events = True, False, False
     done: list[dict[str, Any]] = []
     for stage in stages:
         began = time.perf_counter()

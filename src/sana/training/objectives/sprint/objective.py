@@ -1,11 +1,13 @@
 """SANA-Sprint: a flow model distilled into one that draws in one to four steps (arXiv 2503.09641).
 
-Two players alternate. The generator is the student, under the consistency loss of `consistency` and an adversarial one
-on jumps to the clean sample; the discriminator is a head per tapped block of the frozen teacher.
+Two players alternate. The generator is the student, under the consistency loss of `consistency`, an adversarial one on
+jumps to the clean sample and the one of `matching`, each with its weight. The discriminator is a head per tapped block
+of the frozen teacher, for the second loss, and a flow model of what the student draws, the critic, for the third.
 
 Shapes: B batch, C latent channels, h w latent size; x is a TrigFlow state divided by sigma_d, angles t are [B].
 """
 
+import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +19,14 @@ from torch import Generator, Tensor, distributed, nn
 from sana.flow.path import SIGMA_DATA, sigma_from_angle
 from sana.flow.schedules import MAX_ANGLE
 from sana.models.discriminator import DiscriminatorHeads
+from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
 from sana.training.batches import Batch
 from sana.training.config import RunSettings
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
 from sana.training.objectives.sprint.consistency import LIMITS, tangent, weighted
+from sana.training.objectives.sprint.matching import critic_loss, draw_levels, draw_resumed, student_loss
 from sana.training.objectives.sprint.networks import (
     check_teacher,
     go_on,
@@ -42,11 +46,11 @@ Text = tuple[Tensor, Tensor]
 
 
 class _Players(nn.Module):
-    """All that learns: the student, the log-variance of its consistency loss, and the discriminator's heads."""
+    """All that learns: the student, the log-variance of its consistency loss, the discriminator's heads and critic."""
 
-    def __init__(self, student: nn.Module, width: int, taps: int, group: int) -> None:
+    def __init__(self, student: nn.Module, critic: nn.Module | None, width: int, taps: int, group: int) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.critic = student, critic
         self.log_variance = nn.Linear(width, 1)
         self.heads = DiscriminatorHeads(width, taps, group)
         nn.init.zeros_(self.log_variance.weight)
@@ -98,46 +102,60 @@ class SprintObjective:
         self.teacher = whole if is_whole else self.origin.start.transformer(torch.bfloat16, {})
         self.teacher.eval().requires_grad_(False)
         self.frozen = (self.teacher,)
-        players = _Players(self.student, config.inner_dim, len(self.taps), settings.virtual_batch)
+        critic = self.origin.start.transformer(torch.float32, {}) if settings.matching_weight else None
+        players = _Players(self.student, critic, config.inner_dim, len(self.taps), settings.virtual_batch)
         self.module = placed_like(players, self.student.scale_shift_table)
         if not settings.adversarial_weight:
-            self.turns = ("generator",)
             self.module.heads.requires_grad_(False)
+        if not settings.consistency_weight:
+            self.module.log_variance.requires_grad_(False)
+        if not settings.has_two_players:
+            self.turns = ("generator",)
         self.watch = Watch(self.origin, self.teacher, self.student, settings.guidance)
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
-        """The student and its log-variance, or the heads."""
-        is_heads = turn == "discriminator"
-        return [(name, p) for name, p in self.module.named_parameters() if name.startswith("heads.") == is_heads]
+        """The student and its log-variance, or the heads and the critic: those of the losses that there are."""
+        is_second = turn == "discriminator"
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in named if name.startswith(("heads.", "critic.")) == is_second]
 
     def loss(self, draw: int, turn: str = "generator") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw` for the player whose turn it is."""
-        generator = torch.Generator().manual_seed((self.run.seed << 40) + draw)
+        settings, generator = self.settings, torch.Generator().manual_seed((self.run.seed << 40) + draw)
         batch = self.origin.batches.batch(draw, generator)
-        scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
+        scales = torch.tensor(settings.guidance, dtype=torch.float32)
         chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
         guidance = scales[chosen].to(self.device)
+        terms: list[tuple[float, Tensor]] = []
+        logged: dict[str, Tensor] = {}
         if turn == "discriminator":
-            return self._discriminator(batch, guidance, generator)
-        return self._generator(batch, guidance, generator, self._warmed(draw))
+            if settings.adversarial_weight:
+                hinge, logged = self._discriminator(batch, guidance, generator)
+                terms.append((1.0, hinge))
+            if settings.matching_weight:
+                known = self._critic(batch, guidance, generator)
+                terms.append((1.0, known))
+                logged["critic"] = known.detach()
+            return _sum(terms), logged
+        student = network_of(self.student, (batch.embeds, batch.mask), guidance)
+        if settings.consistency_weight:
+            consistency, logged = self._consistency(student, batch, guidance, generator, self._warmed(draw))
+            terms.append((settings.consistency_weight, consistency))
+        if settings.adversarial_weight:
+            adversarial = generator_loss(self._logits(self._jump(student, batch.latents, generator), batch, generator))
+            terms.append((settings.adversarial_weight, adversarial))
+            logged["adversarial"] = adversarial.detach()
+        if settings.matching_weight:
+            matching = self._matching(student, batch, guidance, generator)
+            terms.append((settings.matching_weight, matching))
+            logged["matching"] = matching.detach()
+        return _sum(terms), logged
 
     def _warmed(self, draw: int) -> float:
         """How much of the tangent's second part is let in at the step of a draw; both players' steps count."""
         grouped = distributed.is_available() and distributed.is_initialized()
         step = draw // (self.run.accumulate * (distributed.get_world_size() if grouped else 1))
         return min(1.0, step / self.settings.warmup_steps)
-
-    def _generator(
-        self, batch: Batch, guidance: Tensor, generator: Generator, share: float
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        student = network_of(self.student, (batch.embeds, batch.mask), guidance)
-        consistency, logged = self._consistency(student, batch, guidance, generator, share)
-        if not self.settings.adversarial_weight:
-            return self.settings.consistency_weight * consistency, logged
-        jumped = self._jump(student, batch.latents, generator)
-        adversarial = generator_loss(self._logits(jumped, batch, generator))
-        total = self.settings.consistency_weight * consistency + self.settings.adversarial_weight * adversarial
-        return total, {**logged, "adversarial": adversarial.detach()}
 
     def _consistency(
         self, student: Network, batch: Batch, guidance: Tensor, generator: Generator, share: float
@@ -175,9 +193,7 @@ class SprintObjective:
         x = noised(latents, self._noise(latents, generator), t)
         return tapped(self.teacher, (batch.embeds, batch.mask), x, t, self.taps)
 
-    def _discriminator(
-        self, batch: Batch, guidance: Tensor, generator: Generator
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def _discriminator(self, batch: Batch, guidance: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             student = network_of(self.student, (batch.embeds, batch.mask), guidance)
             jumped = self._jump(student, batch.latents, generator)
@@ -192,6 +208,45 @@ class SprintObjective:
             return hinge, logged
         penalty = gradient_penalty(self.module.heads, real)
         return hinge + self.settings.gradient_penalty * penalty, {**logged, "penalty": penalty.detach()}
+
+    def _matching(self, student: Network, batch: Batch, guidance: Tensor, generator: Generator) -> Tensor:
+        text = (batch.embeds, batch.mask)
+        x0 = consistent(student, *self._begun(batch, guidance, generator))
+        teacher, critic = guided(self.teacher, text, self._null(text), guidance), network_of(self._critic_model, text)
+        return student_loss(x0, self._noise(x0, generator), self._levels(len(x0), generator), teacher, critic)
+
+    def _critic(self, batch: Batch, guidance: Tensor, generator: Generator) -> Tensor:
+        text = (batch.embeds, batch.mask)
+        with torch.no_grad():
+            student = network_of(self.student, text, guidance)
+            x0 = consistent(student, *self._begun(batch, guidance, generator))
+        critic = network_of(self._critic_model, text)
+        return critic_loss(x0, self._noise(x0, generator), self._levels(len(x0), generator), critic)
+
+    def _begun(self, batch: Batch, guidance: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return states and angles as the student meets them in a run: pure noise, or what it drew, noised again."""
+        count, share = len(batch.latents), self.settings.max_time_probability
+        # Rounded by chance, so that the share holds over batches of any size.
+        first = int(count * share + random.Random(generator.initial_seed()).random())
+        x = self._noise(batch.latents, generator)
+        t = torch.full((count,), MAX_ANGLE, device=self.device)
+        if first == count:
+            return x, t
+        text = (batch.embeds[first:], batch.mask[first:])
+        with torch.no_grad():
+            once = consistent(network_of(self.student, text, guidance[first:]), x[first:], t[first:])
+        angles = draw_resumed(count - first, generator).to(self.device)
+        resumed = noised(once, self._noise(once, generator), angles)
+        return torch.cat([x[:first], resumed]), torch.cat([t[:first], angles])
+
+    def _levels(self, count: int, generator: Generator) -> Tensor:
+        return draw_levels(count, self.origin.shift, generator).to(self.device)
+
+    @property
+    def _critic_model(self) -> LinearDiT:
+        model = self.module.critic
+        assert isinstance(model, LinearDiT)  # there is one wherever it is asked for
+        return model
 
     def _null(self, text: Text) -> Text:
         """The unconditional text for every row of `text`, padded to its length."""
@@ -219,3 +274,8 @@ class SprintObjective:
     def export(self, folder: Path) -> None:
         """Write the student with its teacher's encoders, as SANA-Sprint models are published."""
         write(self.student, self.settings, folder)
+
+
+def _sum(terms: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """Return the sum of weighted losses, at least one."""
+    return torch.stack([weight * loss for weight, loss in terms]).sum()

@@ -13,7 +13,7 @@ from sana.training.objectives.sprint.trigflow import DERIVATIVES
 
 @dataclass(frozen=True, kw_only=True)
 class SprintSettings:
-    """What is distilled, on what, and every constant of the two losses (arXiv 2503.09641 and its published code)."""
+    """What is distilled, on what, and every constant of its losses (arXiv 2503.09641 and its published code)."""
 
     teacher: str
     """Flow model with dense time and normalised queries and keys, as the teacher recipe makes it: folder or name."""
@@ -44,11 +44,15 @@ class SprintSettings:
     derivative: str = "forward"
     """How the student is differentiated in time: forward (mode, exact) or difference (of two more passes)."""
     consistency_weight: float = 1.0
-    """Weight of the consistency loss."""
+    """Weight of the consistency loss; 0 leaves it out."""
     adversarial_weight: float = 0.5
-    """Weight of the generator's adversarial loss; 0 leaves the discriminator out, and every step is the generator's."""
+    """Weight of the generator's adversarial loss; 0 leaves the heads of the discriminator out."""
+    matching_weight: float = 0.0
+    """Weight of the distribution matching loss, for which a critic learns what the student draws; 0 leaves it out. With
+    neither this nor the adversarial loss every step is the generator's."""
     max_time_probability: float = 0.5
-    """Share of the generator's jumps that start from pure noise, t = 1.5708, as one-step pictures do."""
+    """Share of the generator's jumps that start from pure noise, t = 1.5708, as one-step pictures do. Others start from
+    noised data in the adversarial loss, and from what the student drew, noised again, in the matching loss."""
     discriminator_mean: float = -0.6
     """Mean of tau of the angles to which the discriminator's samples are noised."""
     discriminator_std: float = 1.0
@@ -80,15 +84,15 @@ class SprintSettings:
         for name in ("angle_std", "discriminator_std", "warmup_steps", "virtual_batch"):
             if not getattr(self, name) > 0:
                 raise InvalidInput(f"sprint.{name} must be positive, but is {getattr(self, name)}.")
-        for name in ("consistency_weight", "adversarial_weight", "gradient_penalty"):
+        for name in (*WEIGHTS, "gradient_penalty"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"sprint.{name} must not be negative, but is {getattr(self, name)}.")
-        if not self.adversarial_weight and not self.consistency_weight:
-            raise InvalidInput("sprint.consistency_weight and adversarial_weight are both 0, so nothing would learn.")
-        for weight, owned in (("adversarial_weight", ADVERSARIAL), ("consistency_weight", CONSISTENCY)):
-            unused = changed(self, *owned)
-            if unused and not getattr(self, weight):
-                raise InvalidInput(f"sprint.{unused[0]} has no effect with {weight} = 0. Remove one of them.")
+        if not any(getattr(self, weight) for weight in WEIGHTS):
+            raise InvalidInput(f"sprint.{', '.join(WEIGHTS[:-1])} and {WEIGHTS[-1]} are all 0, so nothing would learn.")
+        for name, weights in USED_BY.items():
+            if changed(self, name) and not any(getattr(self, weight) for weight in weights):
+                unset = " and ".join(f"{weight} = 0" for weight in weights)
+                raise InvalidInput(f"sprint.{name} has no effect with {unset}. Remove one of them.")
         if not 0 <= self.terse <= 1:
             raise InvalidInput(f"sprint.terse is a share of the captions, 0 to 1, but is {self.terse}.")
         if not 0 <= self.max_time_probability <= 1:
@@ -106,6 +110,11 @@ class SprintSettings:
             with named("flow_matching.data", "sprint.data"):
                 build(DataSettings, self.data, "sprint.data")
 
+    @property
+    def has_two_players(self) -> bool:
+        """Whether there is anything that the discriminator learns."""
+        return self.adversarial_weight > 0 or self.matching_weight > 0
+
     def check(self, run: RunSettings) -> None:
         """Refuse a run that does not go with these settings.
 
@@ -118,15 +127,21 @@ class SprintSettings:
             raise InvalidInput("sprint.misaligned exchanges captions within a batch: raise run.batch_size above 1.")
 
 
-ADVERSARIAL = (
-    "max_time_probability",
-    "discriminator_mean",
-    "discriminator_std",
-    "taps",
-    "virtual_batch",
-    "misaligned",
-    "gradient_penalty",
-)
-"""Settings of the adversarial loss."""
-CONSISTENCY = ("warmup_steps", "limit", "derivative")
-"""Settings of the consistency loss alone."""
+CONSISTENCY, ADVERSARIAL, MATCHING = "consistency_weight", "adversarial_weight", "matching_weight"
+WEIGHTS = (CONSISTENCY, ADVERSARIAL, MATCHING)
+"""The weights of the losses."""
+USED_BY = {
+    "angle_mean": (CONSISTENCY, ADVERSARIAL),
+    "angle_std": (CONSISTENCY, ADVERSARIAL),
+    "warmup_steps": (CONSISTENCY,),
+    "limit": (CONSISTENCY,),
+    "derivative": (CONSISTENCY,),
+    "max_time_probability": (ADVERSARIAL, MATCHING),
+    "discriminator_mean": (ADVERSARIAL,),
+    "discriminator_std": (ADVERSARIAL,),
+    "taps": (ADVERSARIAL,),
+    "virtual_batch": (ADVERSARIAL,),
+    "misaligned": (ADVERSARIAL,),
+    "gradient_penalty": (ADVERSARIAL,),
+}
+"""The losses that a setting is for; without any of them it would have no effect."""
