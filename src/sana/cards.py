@@ -151,7 +151,6 @@ _NANO_SPRINT = replace(
     product="sprint",
     sampler="scm",
     steps=2,
-    guidance=3.0,
     transformer=replace(_NANO.transformer, guidance_embeds=True),
     params=6_386_208,
     note="A toy, too: nano distilled to draw in one to four steps.",

@@ -172,3 +172,10 @@ def test_the_student_begins_with_noise_or_with_what_it_drew(
 def test_settings_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         dataclasses.replace(MATCHING, **changes)
+
+
+def test_the_distance_from_the_teachers_pictures_chooses_nothing() -> None:
+    run = dataclasses.replace(RUN, export="best", evaluate_every=2)
+    dataclasses.replace(MATCHING, consistency_weight=1.0, matching_weight=0.0).check(run)
+    with pytest.raises(InvalidInput, match=r"run.export = 'best' does not go with sprint.matching_weight"):
+        MATCHING.check(run)

@@ -152,20 +152,20 @@ GOLDEN: dict[str, Golden] = {
         request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 2},
         tokens=(2, 277, 459, 537, 722, 392, 480, 489),
         latents=(
-            -0.38298, 0.11119, 0.56007, -0.08266, -0.13045, -0.28162, -3.3467, -0.14185, -0.19839, 0.42035,
-            -1.85258, -0.12765, 0.17607, 0.28866, 0.32957, 0.37161, 0.64938, -2.95795, -0.78631, -0.08483,
-            -0.17207, 4.28169, 0.50984, -0.01965, 0.45769, 2.92237, 2.46302, -0.34044, 0.32356, -0.01586,
-            -0.31449, -0.06982,
+            -0.325, -0.65598, -0.05103, 0.51153, -0.00911, 1.06932, -4.14985, -0.12251, -0.38088, 0.38365,
+            -1.65094, -0.05578, 0.37524, 0.75538, 1.00273, 0.29105, 0.91383, -3.28019, -0.40597, -0.07465,
+            -0.05309, 3.70733, 0.48087, -0.05883, 0.84969, 2.13113, 0.03322, -0.3093, -0.09806, 0.08358,
+            -0.72592, 0.10917,
         ),
         pixels=bytes.fromhex(
             "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded7c9bbd7817cd7afa5d5d8c9d8f0ded8f0de"
-            "d8f0ded8f0ded6a59bd43537d16764d4d9c9d8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded5ecdbd8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded8f0dedee5aad8f0ddd8f0ded8f0ded8f0de"
-            "d8f0ded8f0dedaeed1f4d130e3e293d8f0ded8f0ded8f0de"
-            "d8f0ded8f0dee0e6a8edcc37e1d164d7eedbd8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded7efddd8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded6beb2d6726ed8a89ed4cfc0d8f0ded8f0de"
+            "d8f0ded8f0ded69890d62d30d05958d3c5b7d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded3e8d8d7efddd7efddd8f0ded8f0de"
+            "d8f0ded8f0ded8f0dedce9bdd8f0ded8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded9efd7f5d130dfe6acd8f0ded8f0ded8f0de"
+            "d8f0ded8f0dee1e29bedcc38e6cf55d7eedad8f0ded8f0de"
+            "d8f0ded8f0ded8eed9d8e4bcd5e5c5d8f0ded8f0ded8f0de"
         ),
     ),
     "nano-controlnet": Golden(

@@ -264,7 +264,10 @@ class SprintObjective:
         return torch.randn(like.shape, generator=generator).to(self.device)
 
     def evaluate(self) -> Mapping[str, float]:
-        """How far one step lands from where the teacher's many steps do, on texts kept apart."""
+        """How far one step lands from where the teacher's many steps do, on texts kept apart.
+
+        Distribution matching finds pictures of its own, so under it the figure says nothing of their quality.
+        """
         return self.watch.evaluate(self._null)
 
     def preview(self) -> Image.Image | None:

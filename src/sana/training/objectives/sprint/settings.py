@@ -123,6 +123,11 @@ class SprintSettings:
         """
         if run.compile:
             raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
+        if self.matching_weight and run.export == "best":
+            raise InvalidInput(
+                "run.export = 'best' does not go with sprint.matching_weight: what is watched is the distance from the"
+                " teacher's own pictures, and matching finds others. Remove run.export."
+            )
         if self.adversarial_weight and self.misaligned and run.batch_size < 2:
             raise InvalidInput("sprint.misaligned exchanges captions within a batch: raise run.batch_size above 1.")
 
