@@ -99,7 +99,7 @@ def test_one_model_is_told_with_terms_limits_and_bias(sana: Sana) -> None:
     assert "those of" not in toy
     sprint = " ".join(sana("models", "info", "nano-sprint").out.split())
     assert "built in; tokenizer, text encoder and autoencoder are those of nano" in sprint
-    assert "2 steps, guidance 3, sampler scm" in sprint
+    assert "2 steps, guidance 4.5, sampler scm" in sprint
     control = " ".join(sana("models", "info", "nano-controlnet").out.split())
     assert "built in; tokenizer, text encoder, autoencoder, transformer and scheduler are those of nano" in control
     assert "3.7 M of the control network" in control
