@@ -1,6 +1,7 @@
 """A tiny teacher of a Sprint distillation, on random latents under random texts."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
+from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.loop import Trainer
 from sana.training.objectives.sprint import objective
+from sana.training.objectives.sprint.settings import SprintSettings
 from tiny_model import tiny_transformer
 
 CPU = torch.device("cpu")
@@ -56,3 +60,14 @@ def tiny_teacher(monkeypatch: pytest.MonkeyPatch) -> LinearDiT:
     monkeypatch.setattr(FakeOrigin, "teacher", model, raising=False)
     monkeypatch.setattr(objective, "ModelOrigin", FakeOrigin)
     return model
+
+
+def trained(folder: Path, settings: SprintSettings, run: RunSettings, *stops: int) -> Trainer:
+    """Train to the end, stopped and begun again after each of `stops`."""
+    for stop in (*stops, run.steps):
+        trainer = Trainer(objective.SprintObjective(settings, run, CPU), run, OptimizerSettings(warmup=1), folder)
+        steps = trainer.steps()
+        while trainer.step < stop:
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+    return trainer

@@ -23,7 +23,7 @@ SMALLER = {
     "train": ["--run.steps", "2", "--run.evaluate_every", "2"],
 }
 NOT_HERE = {
-    "recipes/nano/*.toml": "rebuilds the three models in four hours; tests/training runs its stages small",
+    "recipes/nano/*.toml": "rebuilds the three models in hours; tests/training runs its stages small",
     "pull": "needs the hub; tests/checkpoints/test_library.py runs it against a hub of its own",
     "Sana_1600M_1024px.pth": "a file of 3 GB; tests/apps/test_convert_command.py converts small ones",
     "my-model.safetensors": "a file of the reader's; tests/apps/test_info_and_models.py",

@@ -20,7 +20,7 @@ from sana.training.objectives.sprint.networks import check_teacher, go_on, stude
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from tiny_model import tiny_transformer
-from tiny_sprint import CPU, FakeBatches, tiny_teacher
+from tiny_sprint import CPU, FakeBatches, tiny_teacher, trained
 
 __all__ = ["tiny_teacher"]
 
@@ -57,17 +57,9 @@ def test_the_players_alternate_each_with_its_own_weights(tiny_teacher: LinearDiT
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
-    def trained(folder: Path, *stops: int) -> dict[str, Tensor]:
-        for stop in (*stops, RUN.steps):
-            trainer = Trainer(SprintObjective(SETTINGS, RUN, CPU), RUN, OptimizerSettings(warmup=1), folder)
-            steps = trainer.steps()
-            while trainer.step < stop:
-                next(steps)
-            steps.close()  # type: ignore[attr-defined]
-        return {name: value.clone() for name, value in trainer.objective.module.state_dict().items()}
-
-    whole, broken = trained(tmp_path / "a"), trained(tmp_path / "b", 3)
-    assert all(torch.equal(value, broken[name]) for name, value in whole.items())
+    whole, broken = trained(tmp_path / "a", SETTINGS, RUN), trained(tmp_path / "b", SETTINGS, RUN, 3)
+    again = broken.objective.module.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in whole.objective.module.state_dict().items())
 
 
 def test_the_warm_up_counts_the_steps_of_both_players(tiny_teacher: LinearDiT) -> None:

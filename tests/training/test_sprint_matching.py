@@ -25,7 +25,7 @@ from sana.training.objectives.sprint.matching import (
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import Network, noised
-from tiny_sprint import CPU, FakeBatches, tiny_teacher
+from tiny_sprint import CPU, FakeBatches, tiny_teacher, trained
 
 __all__ = ["tiny_teacher"]
 
@@ -96,16 +96,6 @@ def test_angles_lie_where_they_are_said_to() -> None:
     assert (float(resumed.min()), float(resumed.max())) == pytest.approx(RESUMED, abs=1e-3)
 
 
-def trained(folder: Path, settings: SprintSettings = MATCHING, *stops: int) -> Trainer:
-    for stop in (*stops, RUN.steps):
-        trainer = Trainer(SprintObjective(settings, RUN, CPU), RUN, OptimizerSettings(warmup=1), folder)
-        steps = trainer.steps()
-        while trainer.step < stop:
-            next(steps)
-        steps.close()  # type: ignore[attr-defined]
-    return trainer
-
-
 def test_student_and_critic_alternate_and_nothing_else_moves(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
     objective = SprintObjective(MATCHING, RUN, CPU)
     assert objective.turns == ("generator", "discriminator")
@@ -125,7 +115,7 @@ def test_student_and_critic_alternate_and_nothing_else_moves(tiny_teacher: Linea
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
     settings = dataclasses.replace(MATCHING, consistency_weight=1.0, adversarial_weight=0.5, taps=(0, 1))
-    whole, broken = trained(tmp_path / "a", settings), trained(tmp_path / "b", settings, 3, 4)
+    whole, broken = trained(tmp_path / "a", settings, RUN), trained(tmp_path / "b", settings, RUN, 3, 4)
     assert {"consistency", "adversarial", "matching"} <= set(whole.objective.loss(0)[1])
     assert {"hinge", "critic"} <= set(whole.objective.loss(1, "discriminator")[1])
     again = broken.objective.module.state_dict()

@@ -58,7 +58,7 @@ class _Players(nn.Module):
 
 
 class SprintObjective:
-    """Consistency and adversarial distillation of a flow model."""
+    """Distillation of a flow model by consistency, adversarial and distribution matching losses."""
 
     name = "sprint"
     turns: tuple[str, ...] = ("generator", "discriminator")
