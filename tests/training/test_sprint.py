@@ -14,11 +14,14 @@ from sana.models.discriminator import DiscriminatorHeads, LocalBatchNorm
 from sana.models.linear_dit import LinearDiT
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
-from sana.training.objectives.sprint import objective as module
+from sana.training.objectives.sprint import losses
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
+from sana.training.objectives.sprint.consistency import tangent
+from sana.training.objectives.sprint.losses import AdversarialLoss
 from sana.training.objectives.sprint.networks import check_teacher, go_on, student_of, tapped, taps_of
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.trigflow import Network
 from tiny_model import tiny_transformer
 from tiny_sprint import CPU, FakeBatches, tiny_teacher, trained
 
@@ -62,11 +65,21 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tiny_teacher: LinearDiT, tmp_
     assert all(torch.equal(value, again[name]) for name, value in whole.objective.module.state_dict().items())
 
 
-def test_the_warm_up_counts_the_steps_of_both_players(tiny_teacher: LinearDiT) -> None:
+def test_the_warm_up_counts_the_steps_of_both_players(tiny_teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+
+    def spy(network: Network, x: Tensor, t: Tensor, drift: Tensor, share: float, **more: Any) -> tuple[Tensor, Tensor]:
+        shares.append(share)
+        return tangent(network, x, t, drift, share, **more)
+
+    monkeypatch.setattr(losses, "tangent", spy)
     objective = SprintObjective(SETTINGS, RUN, CPU)
-    assert [objective._warmed(draw) for draw in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
     twice = SprintObjective(SETTINGS, dataclasses.replace(RUN, accumulate=2), CPU)
-    assert [twice._warmed(draw) for draw in (0, 1, 2, 7)] == [0, 0, 0.25, 0.75]
+    for draw in (0, 1, 2, 4, 9):
+        objective.loss(draw)
+    for draw in (0, 1, 2, 7):
+        twice.loss(draw)
+    assert shares == [0, 0.25, 0.5, 1, 1, 0, 0, 0.25, 0.75]
 
 
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
@@ -80,7 +93,9 @@ def test_the_share_of_jumps_from_pure_noise_is_a_share_and_never_an_angle(
         seen.append(t)
         return x
 
-    objective._jump(network, torch.zeros(2000, 1, 1, 1), torch.Generator().manual_seed(0))
+    loss, given = objective.two_sided[0], dataclasses.replace(objective.given(0), latents=torch.zeros(2000, 1, 1, 1))
+    assert isinstance(loss, AdversarialLoss)
+    loss.jump(network, given)
     assert float((seen[0] == MAX_ANGLE).float().mean()) == pytest.approx(share, abs=0.03)
     assert not bool((seen[0] == 0.5).any())
 
@@ -192,7 +207,7 @@ def test_without_a_tangent_nothing_pulls_at_the_student(
     tiny_teacher: LinearDiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the weight that adapts to time, nor what bfloat16 rounds otherwise in the pass of the derivative."""
-    monkeypatch.setitem(module.LIMITS, "norm", torch.zeros_like)
+    monkeypatch.setitem(losses.LIMITS, "norm", torch.zeros_like)
     objective = SprintObjective(dataclasses.replace(SETTINGS, adversarial_weight=0.0, taps=()), RUN, CPU)
     nn.init.ones_(objective.module.log_variance.weight)
     with torch.autocast("cpu", torch.bfloat16):

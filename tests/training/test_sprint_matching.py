@@ -14,6 +14,7 @@ from sana.flow.schedules import MAX_ANGLE
 from sana.models.linear_dit import LinearDiT
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
+from sana.training.objectives.sprint.losses import MatchingLoss
 from sana.training.objectives.sprint.matching import (
     LEVELS,
     RESUMED,
@@ -25,7 +26,7 @@ from sana.training.objectives.sprint.matching import (
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import Network, noised
-from tiny_sprint import CPU, FakeBatches, tiny_teacher, trained
+from tiny_sprint import CPU, tiny_teacher, trained
 
 __all__ = ["tiny_teacher"]
 
@@ -133,12 +134,13 @@ def test_the_student_begins_with_noise_or_with_what_it_drew(
     tiny_teacher: LinearDiT, share: float, wanted: float
 ) -> None:
     objective = SprintObjective(dataclasses.replace(MATCHING, max_time_probability=share), RUN, CPU)
-    batch, guidance = FakeBatches().batch(0, torch.Generator()), torch.full((4,), 4.5)
+    loss = objective.two_sided[0]
+    assert isinstance(loss, MatchingLoss)
     found: list[float] = []
     for draw in range(60):
-        generator = torch.Generator().manual_seed(draw)
-        x, t = objective._begun(batch, guidance, generator)
-        assert x.shape == batch.latents.shape
+        given = objective.given(draw)
+        x, t = loss.begun(given)
+        assert x.shape == given.latents.shape
         assert not x.requires_grad
         assert all(angle == pytest.approx(MAX_ANGLE) or RESUMED[0] <= angle <= RESUMED[1] for angle in t.tolist())
         found += (t > RESUMED[1]).float().tolist()
