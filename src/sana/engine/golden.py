@@ -152,20 +152,20 @@ GOLDEN: dict[str, Golden] = {
         request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 2},
         tokens=(2, 277, 459, 537, 722, 392, 480, 489),
         latents=(
-            -0.325, -0.65598, -0.05103, 0.51153, -0.00911, 1.06932, -4.14985, -0.12251, -0.38088, 0.38365,
-            -1.65094, -0.05578, 0.37524, 0.75538, 1.00273, 0.29105, 0.91383, -3.28019, -0.40597, -0.07465,
-            -0.05309, 3.70733, 0.48087, -0.05883, 0.84969, 2.13113, 0.03322, -0.3093, -0.09806, 0.08358,
-            -0.72592, 0.10917,
+            -0.17227, -0.97345, 0.69211, -0.12168, -0.16004, 0.96308, -2.52311, 0.78898, -0.06182, 0.53682,
+            -2.01272, -0.9441, 0.45149, 0.73005, 0.92158, 0.05907, 1.00859, -3.64708, -0.33062, 0.13049,
+            -0.01164, 3.49159, 0.32803, -0.19198, 1.06561, 1.47353, 0.07035, -0.1825, -1.39407, 0.11456,
+            -0.47572, 0.19736,
         ),
         pixels=bytes.fromhex(
-            "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded6beb2d6726ed8a89ed4cfc0d8f0ded8f0de"
-            "d8f0ded8f0ded69890d62d30d05958d3c5b7d8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded3e8d8d7efddd7efddd8f0ded8f0de"
-            "d8f0ded8f0ded8f0dedce9bdd8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded9efd7f5d130dfe6acd8f0ded8f0ded8f0de"
-            "d8f0ded8f0dee1e29bedcc38e6cf55d7eedad8f0ded8f0de"
-            "d8f0ded8f0ded8eed9d8e4bcd5e5c5d8f0ded8f0ded8f0de"
+            "faf3e2faf3e2faf3e2faf3e2faf3e2faf3e2faf3e2faf3e2"
+            "faf3e2faf3e2edb9ade06663eaa29beabcaffaf3e2faf3e2"
+            "faf3e2faf3e2e6928bd6292dd74a4ae69c94faf3e2faf3e2"
+            "faf3e2faf3e2f9f3e2f2e6d6f7f0dff8f0dffaf3e2faf3e2"
+            "faf3e2faf3e2faf3e2f8ecc2f9f3e1faf3e2faf3e2faf3e2"
+            "faf3e2faf3e2f9f1d5f7d12ff8eab7faf3e2faf3e2faf3e2"
+            "faf3e2faf3e2f6e190f1cc36efd055f8f1defaf3e2faf3e2"
+            "faf3e2faf3e2f8f0daf2e6bdf2e7c7faf3e2faf3e2faf3e2"
         ),
     ),
     "nano-controlnet": Golden(
