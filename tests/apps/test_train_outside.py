@@ -83,3 +83,38 @@ def test_accelerate_launches_two_processes_that_walk_as_one(tmp_path: Path) -> N
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     settings = json.loads((tmp_path / "two" / "small" / "finished.json").read_text())
     assert settings["run"]["accumulate"] == 1
+
+
+def test_torchruns_restart_goes_on_from_the_last_state_after_a_process_was_killed(tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(SMALL.replace("steps = 2", "steps = 24\nsave_every = 4\nlog_every = 1"))
+    words = ["sana.apps.cli", "train", str(recipe), "-o"]
+    # As the documents say: without the variable, the new processes may find the addresses of the dead ones.
+    environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["--max-restarts", "1", "--monitor-interval", "0.5", "-m", *words, str(tmp_path / "two")]
+    folder = tmp_path / "two" / "small"
+    with (tmp_path / "said.txt").open("w+") as said:
+        run = subprocess.Popen(launch, stderr=said, stdout=said, env=environment)
+        try:
+            begun = time.monotonic()
+            while not any(line["step"] >= 6 for line in metrics(folder)):
+                assert run.poll() is None
+                assert time.monotonic() - begun < 120, "no sixth step"
+                time.sleep(0.1)
+            second = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[1]
+            os.kill(int(second), signal.SIGKILL)
+            assert run.wait(timeout=170) == 0, (tmp_path / "said.txt").read_text()
+        finally:
+            run.kill()
+        text = (tmp_path / "said.txt").read_text()
+    assert "another one has ended" in text
+    assert re.search(r"small: going on at step (4|8|12|16|20) of 24", text)
+    alone = [sys.executable, "-m", *words, str(tmp_path / "one"), "--run.accumulate", "2"]
+    subprocess.run(alone, capture_output=True, env=ENVIRONMENT, timeout=170, check=True)
+    last = [
+        {line["step"]: line["loss"] for line in metrics(tmp_path / at / "small") if "loss" in line}
+        for at in ("two", "one")
+    ]
+    assert list(last[0]) == list(range(1, 25))
+    assert last[0] == pytest.approx(last[1], abs=1e-4)
