@@ -17,7 +17,7 @@ from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.checkpoints.schedulers import SCMScheduler
 from sana.checkpoints.tensors import read_header
 from sana.engine.parts import Parts, load
-from sana.training.objectives.sprint.networks import student_of
+from sana.training.objectives.sprint.students import student_of
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "nano" / "ship.py"
 KEPT = Path(golden.__file__).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from sana.engine.parts import Parts
 from sana.engine.request import Request
 from sana.errors import InvalidInput
 from sana.evaluation.drawing import drawer, follower, resolve, restorer
-from sana.training.objectives.sprint.networks import student_of
+from sana.training.objectives.sprint.students import student_of
 from tiny_model import make_tiny_sprint, tiny_controlnet, tiny_transformer
 
 PROMPTS = ["a red fish", "一条鱼", "a red fish", "a photo of two large blue umbrellas on mint paper"]

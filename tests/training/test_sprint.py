@@ -18,9 +18,10 @@ from sana.training.objectives.sprint import losses
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
 from sana.training.objectives.sprint.consistency import tangent
 from sana.training.objectives.sprint.losses import AdversarialLoss
-from sana.training.objectives.sprint.networks import check_teacher, go_on, student_of, tapped, taps_of
+from sana.training.objectives.sprint.networks import Backbone, Condition, tapped, taps_of
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.students import check_teacher, go_on, student_of
 from sana.training.objectives.sprint.trigflow import Network
 from tiny_model import tiny_transformer
 from tiny_sprint import CPU, FakeBatches, tiny_teacher, trained
@@ -37,7 +38,7 @@ def test_the_players_alternate_each_with_its_own_weights(tiny_teacher: LinearDiT
     assert objective.turns == ("generator", "discriminator")
     assert all(name.startswith("heads.") for name in names["discriminator"])
     assert names["generator"] | names["discriminator"] == {name for name, _ in objective.module.named_parameters()}
-    before = {name: value.clone() for name, value in objective.teacher.state_dict().items()}
+    before = {name: value.clone() for name, value in objective.teacher.transformer.state_dict().items()}
     trainer = Trainer(objective, RUN, OptimizerSettings(warmup=1), tmp_path)
     old = {name: p.detach().clone() for name, p in objective.module.named_parameters()}
     moved = []
@@ -51,9 +52,9 @@ def test_the_players_alternate_each_with_its_own_weights(tiny_teacher: LinearDiT
         turn = objective.turns[step % 2]
         assert changed
         assert changed <= names[turn]
-    assert all(torch.equal(value, before[name]) for name, value in objective.teacher.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in objective.teacher.transformer.state_dict().items())
     assert all(torch.equal(before[name], value) for name, value in tiny_teacher.state_dict().items())
-    assert not any(p.requires_grad or p.grad is not None for p in objective.teacher.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in objective.teacher.transformer.parameters())
     assert report.figures is not None
     assert report.figures["distance"] > 0
     assert (tmp_path / "previews" / "00000006.png").is_file()
@@ -134,7 +135,8 @@ def test_tapped_blocks_are_those_of_an_ordinary_pass(tiny_teacher: LinearDiT) ->
     kept: list[Tensor] = []
     handle = tiny_teacher.transformer_blocks[1].register_forward_hook(lambda _m, _i, out: kept.append(out))
     with torch.no_grad():
-        found = tapped(tiny_teacher, (batch.embeds, batch.mask), batch.latents, torch.full((4,), 0.7), (0, 1))
+        under = Condition(batch.embeds, batch.mask)
+        found = tapped(Backbone(tiny_teacher), under, batch.latents, torch.full((4,), 0.7), (0, 1))
     handle.remove()
     assert [tuple(x.shape) for x in found] == [(4, 16, 32)] * 2
     assert torch.equal(found[1], kept[0])

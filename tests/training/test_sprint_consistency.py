@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sana.flow.path import SIGMA_DATA
 from sana.models.linear_dit import LinearDiT
 from sana.training.objectives.sprint.consistency import LIMITS, by_norm, tangent, weighted
-from sana.training.objectives.sprint.networks import guided, network_of, student_of
+from sana.training.objectives.sprint.networks import Backbone, Condition, guided, network_of
+from sana.training.objectives.sprint.students import student_of
 from sana.training.objectives.sprint.trigflow import (
     LAST_ANGLE,
     Network,
@@ -128,12 +129,12 @@ def tiny_teacher(dtype: torch.dtype) -> LinearDiT:
     return model.to(dtype).requires_grad_(False)
 
 
-def tiny_inputs(config: object, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+def tiny_inputs(config: object, dtype: torch.dtype) -> tuple[Condition, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(2, 5, config.caption_channels, generator=generator, dtype=dtype)  # type: ignore[attr-defined]
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     x = torch.randn(2, config.in_channels, 4, 4, generator=generator, dtype=dtype)  # type: ignore[attr-defined]
-    return (embeds, mask), x, torch.tensor([0.5, 1.3], dtype=dtype)
+    return Condition(embeds, mask), x, torch.tensor([0.5, 1.3], dtype=dtype)
 
 
 @pytest.mark.parametrize(("dtype", "step", "bound"), [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-3, 1e-2)])
@@ -143,7 +144,7 @@ def test_the_derivative_of_the_transformer_agrees_with_differences(
     teacher = tiny_teacher(dtype)
     text, x, t = tiny_inputs(teacher.config, dtype)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        network = network_of(student_of(teacher, 0), text, torch.tensor([4.0, 5.0], dtype=dtype))
+        network = network_of(Backbone(student_of(teacher, 0)), text, torch.tensor([4.0, 5.0], dtype=dtype))
         along = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=dtype), t.cos() * t.sin()
         value, exact = forward_mode(network, (x, t), along)
         _, near = central_difference(network, (x, t), along, step)
@@ -154,13 +155,14 @@ def test_the_derivative_of_the_transformer_agrees_with_differences(
 def test_the_student_starts_as_its_teacher_and_without_guidance_has_nothing_to_learn() -> None:
     teacher = tiny_teacher(torch.float64)
     text, x, t = tiny_inputs(teacher.config, torch.float64)
-    null = (torch.zeros_like(text[0]), torch.ones_like(text[1]))
+    null = Condition(torch.zeros_like(text.embeds), torch.ones_like(text.mask))
     student = student_of(teacher, 0)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        under = network_of(student, text, torch.tensor([4.0, 5.0], dtype=torch.float64))
-        torch.testing.assert_close(under(x, t), network_of(teacher, text)(x, t), atol=1e-12, rtol=0)
+        under = network_of(Backbone(student), text, torch.tensor([4.0, 5.0], dtype=torch.float64))
+        torch.testing.assert_close(under(x, t), network_of(Backbone(teacher), text)(x, t), atol=1e-12, rtol=0)
         for scale, nothing in ((1.0, True), (4.5, False)):
-            drift = SIGMA_DATA * guided(teacher, text, null, torch.full((2,), scale, dtype=torch.float64))(x, t)
+            scales = torch.full((2,), scale, dtype=torch.float64)
+            drift = SIGMA_DATA * guided(Backbone(teacher), text, null, scales)(x, t)
             value, g = tangent(under, x, t, drift, 0.0)
             cos = t.cos().view(-1, 1, 1, 1)
             torch.testing.assert_close(g, cos**2 * (drift - SIGMA_DATA * value))

@@ -9,8 +9,8 @@ from sana import SanaSprintPipeline
 from sana.checkpoints.folder import save_parts
 from sana.engine.parts import load
 from sana.models.linear_dit import LinearDiT
-from sana.training.objectives.sprint.networks import student_of
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.students import student_of
 from sana.training.objectives.sprint.watching import write
 from tiny_model import make_tiny_parts, tiny_transformer
 

@@ -4,16 +4,41 @@ Shapes: as in `sana.models.controlnet`.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import FieldMapping, GradientCheckpointing, PretrainedMixin
+from sana.checkpoints.storage import write_json
 from sana.config import ControlNetConfig
-from sana.errors import InvalidInput
+from sana.errors import CheckpointError, InvalidInput
 from sana.models.controlnet import LinearControlNet
 from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
+
+WIRING_KEY = "_sanakit_wiring"
+"""Key in a control network's `config.json`, where other readers skip what begins with an underscore."""
+
+
+def note_wiring(folder: Path, wiring: str) -> None:
+    """Write beside a saved network how it is joined to its transformer; without a note that is as in diffusers."""
+    file = folder / "config.json"
+    write_json(file, {**read_json(file), WIRING_KEY: wiring})
+
+
+def wiring_in(folder: Path) -> str:
+    """Return how the network of a folder is joined: diffusers or native.
+
+    Errors: CheckpointError for a note that says neither.
+    """
+    noted = read_json(folder / "config.json").get(WIRING_KEY, "diffusers")
+    if noted not in ("diffusers", "native"):
+        raise CheckpointError(
+            f"{WIRING_KEY} in {folder / 'config.json'} is {noted!r:.40}; it can be diffusers or native."
+        )
+    return str(noted)
 
 
 class ControlNetSettings(ControlNetConfig, FieldMapping):

@@ -161,10 +161,18 @@ def _told(control: Control, config: Any, timesteps: Tensor) -> Tensor:
     """Return the timesteps that a control network is told, [n]."""
     if control.timesteps is not None:
         return control.timesteps
+    return timesteps * branch_scale(control.network.config, config, control.wiring)
+
+
+def branch_scale(branch: Any, config: Any, wiring: str) -> float:
+    """Return the factor from a run's timesteps to what a control network is told of them, by its `branch` config.
+
+    A run's timesteps are 1000 sigma, and beside SANA-Sprint sigma itself; `config` is the transformer's.
+    """
     # All SANA-Sprint models have norms of queries and keys, so a branch without was made for a model of many steps.
-    if config.guidance_embeds and control.network.config.qk_norm is None:
-        return timesteps * FLOW_TIMES
-    return timesteps * config.timestep_scale if control.wiring == "native" else timesteps
+    if config.guidance_embeds and branch.qk_norm is None:
+        return float(FLOW_TIMES)
+    return float(config.timestep_scale) if wiring == "native" else 1.0
 
 
 def acting_steps(start: float, end: float, count: int) -> list[bool]:

@@ -173,9 +173,7 @@ class LinearDiT(nn.Module):
             if branch is not None and index == 0:
                 inner = branch(x[: len(x) - split])
             again = perturbed_rows if layers and index >= layers[0] else 0
-            for residuals, at in ((samples, index - 1), (inner, index)):
-                if 0 <= at < len(residuals):
-                    x = x + _with_last_again(residuals[at], again)
+            x = _steered(x, index, samples, inner, again)
         shift, scale = (self.scale_shift_table + modulation.embedded_BD[:, None]).chunk(2, dim=1)
         x = F.layer_norm(x, x.shape[-1:], eps=OUTPUT_NORM_EPS)
         return self._unpatchify(self.proj_out(modulate(x, shift, scale)), grid)
@@ -187,18 +185,26 @@ class LinearDiT(nn.Module):
         kv: Sequence[KeyValue],
         mask: Tensor | None,
         taps: Sequence[int],
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        *,
+        branch: Branch | None = None,
     ) -> list[Tensor]:
         """Return the tokens after each tapped block, [B, N, D] in rising order; blocks after the last one do not run.
 
+        Residuals of a control branch are as in `denoise`; a tapped block's are in its tokens.
         Errors: InvalidInput for blocks that do not exist, and for a latent size that the patches do not divide.
         """
         count = len(self.transformer_blocks)
         if not taps or not all(0 <= tap < count for tap in taps):
             raise InvalidInput(f"Blocks {list(taps)} cannot be tapped; this transformer has blocks 0 to {count - 1}.")
         x, grid, bias = self._tokens(latents, kv, mask)
-        found = []
+        found: list[Tensor] = []
+        inner: Sequence[Tensor] = ()
         for index, (block, block_kv) in enumerate(zip(self._blocks(), kv, strict=True)):
             x = self._run(block, x, grid, modulation.mod_B6D, block_kv, bias, 0, False)
+            if branch is not None and index == 0:
+                inner = branch(x)
+            x = _steered(x, index, controlnet_block_samples or (), inner)
             if index in taps:
                 found.append(x)
             if index == max(taps):
@@ -315,6 +321,14 @@ class LinearDiT(nn.Module):
             nn.init.normal_(table, std=table.shape[1] ** -0.5, generator=generator)
         if zero_output:
             nn.init.zeros_(self.proj_out.weight)
+
+
+def _steered(x: Tensor, index: int, samples: Sequence[Tensor], inner: Sequence[Tensor], again: int = 0) -> Tensor:
+    """Add what a control branch gives after block `index`: outer residuals lag by one block, inner ones do not."""
+    for residuals, at in ((samples, index - 1), (inner, index)):
+        if 0 <= at < len(residuals):
+            x = x + _with_last_again(residuals[at], again)
+    return x
 
 
 def _with_last_again(residual: Tensor, rows: int) -> Tensor:

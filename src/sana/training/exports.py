@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sana.cards import Card
 from sana.checkpoints.built_in import part_folder
-from sana.checkpoints.controlnet import SanaControlNetModel
+from sana.checkpoints.controlnet import SanaControlNetModel, note_wiring
 from sana.checkpoints.folder import COMPONENTS, save_parts
 from sana.checkpoints.hub import locate
 from sana.checkpoints.lora.dialects import Dialect
@@ -24,6 +24,9 @@ from sana.training.trainables import ControlTrainable, FullTrainable, LoraTraina
 ADAPTER = "pytorch_lora_weights.safetensors"
 """Name of the adapter file that other programs look for."""
 CARD_FILE = "README.md"
+
+CONTROL = "control pictures"
+"""The fact that names the kind of control pictures, for control networks."""
 
 Facts = Mapping[str, str]
 """Rows of a model card's table."""
@@ -68,6 +71,8 @@ def _branch(trainable: ControlTrainable, folder: Path) -> None:
     finished.load_state_dict(trainable.network.state_dict())
     half = torch.float16 if weight.dtype == torch.float32 else weight.dtype
     finished.to(half).save_pretrained(folder)
+    if trainable.wiring != "diffusers":
+        note_wiring(folder, trainable.wiring)
 
 
 def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path, name: str) -> None:
@@ -103,9 +108,10 @@ def model_card(kind: str, start: str, card: Card | None, facts: Facts, trigger: 
     if trigger:
         header["instance_prompt"] = trigger
     licence = card.licence if card is not None else "that of the base model; look there before you share this"
+    control = facts.get(CONTROL, "canny")
     use = {
         "lora": f'sana "a prompt{f" with {trigger}" if trigger else ""}" -m {start} --lora {ADAPTER}',
-        "controlnet": f'sana "a prompt" -m {start} --controlnet FOLDER --control canny picture.png',
+        "controlnet": f'sana "a prompt" -m {start} --controlnet FOLDER --control {control} picture.png',
         "text-to-image": 'sana "a prompt" -m FOLDER',
     }[kind]
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())

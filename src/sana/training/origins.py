@@ -206,13 +206,18 @@ class ModelOrigin:
         if settings.train == "lora":
             return LoraTrainable(transformer, build(LoraSettings, settings.lora, "flow_matching.lora"), self.run.seed)
         if settings.train == "controlnet":
-            return ControlTrainable(transformer, self._branch(transformer), self.control.wiring)
+            return ControlTrainable(transformer, self.branch(transformer), self.control.wiring)
         if settings.fresh:
             generator = torch.Generator(self.device).manual_seed(self.run.seed)
             transformer.init_weights(generator, caption_norm_scale=settings.caption_gain, zero_output=True)
         return FullTrainable(transformer)
 
-    def _branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+    def other(self, name: str) -> StartModel | None:
+        """Return another model of the same kind, to go on from, or None where weights do not count."""
+        return StartModel(name, self.device)
+
+    def branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+        """Return the control network that the settings begin with, or a new one for the transformer."""
         if self.control.start:
             begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
             return begun.to(self.device)
@@ -254,6 +259,7 @@ class ModelOrigin:
             "batch size": str(run.batch_size * run.accumulate),
             "data": str(settings.data.get("path", "the drawn world")),
             "flow shift": f"{self.shift:g}",
+            **({exports.CONTROL: self.control.kind} if settings.train == "controlnet" else {}),
         }
         exports.write(trainable, settings.start, self.start.card, facts, folder, settings.card)
 

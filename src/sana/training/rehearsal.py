@@ -54,8 +54,6 @@ def rehearse(recipe: Recipe, objective: type[Any], settings: Any, card: Card, wo
     """
     run = replace(recipe.run, compile=False)
     check_shard(run, world)
-    if getattr(settings, "student", ""):
-        settings = replace(settings, student="")  # a copy of the teacher takes as much
     with FakeTensorMode():
         made: Objective = objective(settings, run, CPU, opened(card))
         if run.checkpointing:
@@ -101,7 +99,11 @@ def opened(card: Card) -> type[ModelOrigin]:
 
 
 class _Rehearsed(ModelOrigin):
-    def _branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+    def other(self, name: str) -> None:
+        # A copy of the teacher takes as much.
+        return None
+
+    def branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
         # Tensors without values change their dtype only by being made again.
         whole = self.start.transformer(torch.float32, dict(self.settings.model))
         return SanaControlNetModel.from_transformer(whole, self.control.blocks)

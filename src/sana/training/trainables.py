@@ -9,7 +9,7 @@ Shapes: B batch, C latent channels, h w latent size, T text length, E text width
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from sana.errors import InvalidInput, did_you_mean
 from sana.models.linear_dit import LinearDiT
 from sana.models.lora import LowRank, Target, attach, check_supported, row_lengths, targets
 from sana.training.batches import Batch
-
-Wiring = Literal["diffusers", "native"]
+from sana.training.steering import Steering
 
 
 class Trainable(Protocol):
@@ -173,7 +172,7 @@ class ControlSettings:
     """What control pictures show: canny, scribble, soft-edge, ink, hed or depth; or map, where the data bring them."""
     blocks: int = 7
     """How many of the transformer's first blocks are copied."""
-    wiring: Wiring = "diffusers"
+    wiring: str = "diffusers"
     """How branch and transformer are joined: as in diffusers, or as in the original code (native)."""
     dropout: float = 0.1
     """Share of the samples whose control picture is empty."""
@@ -199,7 +198,7 @@ class ControlTrainable:
     transformer, only the blocks and the projections learn.
     """
 
-    def __init__(self, transformer: LinearDiT, network: SanaControlNetModel, wiring: Wiring) -> None:
+    def __init__(self, transformer: LinearDiT, network: SanaControlNetModel, wiring: str) -> None:
         """Train the blocks of `network` in front of `transformer`, which is frozen."""
         if len(network.transformer_blocks) >= len(transformer.transformer_blocks):
             raise InvalidInput(
@@ -219,22 +218,12 @@ class ControlTrainable:
 
     def _steered(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         assert batch.control is not None
-        network, base = self.network, self.transformer
-        native = self.wiring == "native"
-        kv = network.cross_attention_kv(network.encode_caption(batch.embeds))
-        condition = network.condition(batch.control, positions=not native)
+        base = self.transformer
+        steering = Steering(self.network, self.wiring, batch.embeds, batch.mask, batch.control)
         # In diffusers' wiring the branch is told the plain time, without the factor of the transformer.
-        told = timesteps if native else timesteps / base.config.timestep_scale
-        modulation, grid = network.modulation(told), network.grid(x)
-
-        def residuals(tokens: Tensor) -> tuple[Tensor, ...]:
-            return network.residuals(tokens + condition, grid, modulation, kv, batch.mask)
-
+        told = timesteps if self.wiring == "native" else timesteps / base.config.timestep_scale
         own = base.cross_attention_kv(base.encode_caption(batch.embeds))
-        joined: dict[str, Any] = (
-            {"branch": residuals} if native else {"controlnet_block_samples": residuals(network.embed(x))}
-        )
-        return base.denoise(x, base.modulation(timesteps), own, batch.mask, **joined)
+        return base.denoise(x, base.modulation(timesteps), own, batch.mask, **steering(x, told))
 
 
 TRAINABLES: dict[str, Callable[..., Trainable]] = {

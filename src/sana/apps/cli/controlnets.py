@@ -78,7 +78,12 @@ def _load(name: str, card: Card | None, **settings: Any) -> Any:
 
 
 def _wiring(name: str, card: Card | None) -> str:
-    """Return how a network is joined: as its card says; an original file as its authors did."""
+    """Return how a network is joined: as its card or its folder says; an original file as its authors did."""
     if card is not None:
         return card.wiring
-    return "native" if name.startswith("hf://") or Path(name).expanduser().is_file() else "diffusers"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        from sana.checkpoints.controlnet import wiring_in
+
+        return wiring_in(path / "controlnet" if (path / "controlnet").is_dir() else path)
+    return "native" if name.startswith("hf://") or path.is_file() else "diffusers"

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from sana.flow.path import SIGMA_DATA, sigma_from_angle
 from sana.flow.schedules import MAX_ANGLE
-from sana.models.linear_dit import LinearDiT
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
 from sana.training.objectives.sprint.consistency import LIMITS, tangent, weighted
 from sana.training.objectives.sprint.matching import critic_loss, draw_levels, draw_resumed, student_loss
-from sana.training.objectives.sprint.networks import guided, network_of, tapped
+from sana.training.objectives.sprint.networks import Backbone, guided, network_of, tapped
 from sana.training.objectives.sprint.players import Given, Players, Told
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import DERIVATIVES, Network, consistent, noised
@@ -24,17 +23,18 @@ from sana.training.objectives.sprint.trigflow import DERIVATIVES, Network, consi
 class ConsistencyLoss:
     """The student's jumps must end where those from a little farther along the teacher's path do."""
 
-    def __init__(self, settings: SprintSettings, players: Players, teacher: LinearDiT) -> None:
+    def __init__(self, settings: SprintSettings, players: Players, teacher: Backbone, student: Backbone) -> None:
         """Nothing is computed yet."""
-        self.settings, self.players, self.teacher = settings, players, teacher
+        self.settings, self.players = settings, players
+        self.teacher, self.student = teacher, student
 
     def of_generator(self, student: Network, given: Given) -> Told:
         """The loss, and the size of its tangent."""
-        settings, model = self.settings, self.players.student
+        settings, model = self.settings, self.student.transformer
         t = given.angles(settings.angle_mean, settings.angle_std)
         x = noised(given.latents, given.noise(given.latents), t)
         with torch.no_grad():
-            drift = SIGMA_DATA * guided(self.teacher, given.text, given.null, given.guidance)(x, t)
+            drift = SIGMA_DATA * guided(self.teacher, given.under, given.null, given.guidance)(x, t)
         share = min(1.0, given.step / settings.warmup_steps)
         _, g = tangent(student, x, t, drift, share, derivative=DERIVATIVES[settings.derivative])
         embedded = model.modulation(sigma_from_angle(t), given.guidance * model.config.guidance_embeds_scale)
@@ -49,7 +49,7 @@ class ConsistencyLoss:
 class AdversarialLoss:
     """Heads on the frozen teacher tell the student's jumps from true latents (LADD)."""
 
-    def __init__(self, settings: SprintSettings, players: Players, teacher: LinearDiT, taps: Sequence[int]) -> None:
+    def __init__(self, settings: SprintSettings, players: Players, teacher: Backbone, taps: Sequence[int]) -> None:
         """The heads read the blocks `taps` of the teacher."""
         self.settings, self.players, self.teacher, self.taps = settings, players, teacher, taps
 
@@ -84,31 +84,31 @@ class AdversarialLoss:
     def _seen(self, latents: Tensor, given: Given) -> list[Tensor]:
         """Return what the heads read of latents: the teacher's tokens at a level drawn for each."""
         t = given.angles(self.settings.discriminator_mean, self.settings.discriminator_std)
-        return tapped(self.teacher, given.text, noised(latents, given.noise(latents), t), t, self.taps)
+        return tapped(self.teacher, given.under, noised(latents, given.noise(latents), t), t, self.taps)
 
 
 class MatchingLoss:
     """What the student draws moves to where the teacher finds it more likely than the critic does."""
 
     def __init__(
-        self, settings: SprintSettings, players: Players, teacher: LinearDiT, critic: LinearDiT, shift: float
+        self, settings: SprintSettings, teacher: Backbone, student: Backbone, critic: Backbone, shift: float
     ) -> None:
         """Samples are compared at even levels under `shift`."""
-        self.settings, self.players, self.teacher = settings, players, teacher
-        self.critic, self.shift = critic, shift
+        self.settings, self.shift = settings, shift
+        self.teacher, self.student, self.critic = teacher, student, critic
 
     def of_generator(self, student: Network, given: Given) -> Told:
         """Half the mean squared slope, as a value; what counts is its gradient."""
         x0 = consistent(student, *self.begun(given))
-        teacher = guided(self.teacher, given.text, given.null, given.guidance)
-        loss = student_loss(x0, given.noise(x0), self._levels(given), teacher, network_of(self.critic, given.text))
+        teacher = guided(self.teacher, given.under, given.null, given.guidance)
+        loss = student_loss(x0, given.noise(x0), self._levels(given), teacher, network_of(self.critic, given.under))
         return loss, {"matching": loss.detach()}
 
     def of_discriminator(self, student: Network, given: Given) -> Told:
         """The flow-matching loss of the critic on what the student draws."""
         with torch.no_grad():
             x0 = consistent(student, *self.begun(given))
-        loss = critic_loss(x0, given.noise(x0), self._levels(given), network_of(self.critic, given.text))
+        loss = critic_loss(x0, given.noise(x0), self._levels(given), network_of(self.critic, given.under))
         return loss, {"critic": loss.detach()}
 
     @torch.no_grad()
@@ -121,8 +121,7 @@ class MatchingLoss:
         t = torch.full((count,), MAX_ANGLE, device=x.device)
         if first == count:
             return x, t
-        model, (embeds, mask) = self.players.student, given.text
-        student = network_of(model, (embeds[first:], mask[first:]), given.guidance[first:])
+        student = network_of(self.student, given.under.since(first), given.guidance[first:])
         once = consistent(student, x[first:], t[first:])
         angles = draw_resumed(count - first, given.generator).to(x.device)
         resumed = noised(once, given.noise(once), angles)

@@ -7,6 +7,7 @@ student draws, the critic, for distribution matching.
 Shapes: B batch, C latent channels, h w latent size; x is a TrigFlow state divided by sigma_d, angles t are [B].
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,14 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 
 from sana.nn.placement import placed_like
-from sana.training.config import RunSettings
+from sana.training import exports
+from sana.training.config import RunSettings, named
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.losses import AdversarialLoss, ConsistencyLoss, MatchingLoss
-from sana.training.objectives.sprint.networks import Text, check_teacher, go_on, network_of, student_of, taps_of
+from sana.training.objectives.sprint.networks import Condition, network_of, taps_of
 from sana.training.objectives.sprint.players import Given, Loss, Players, TwoSidedLoss
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.students import check_teacher, take_on
 from sana.training.objectives.sprint.watching import Watch, write
 from sana.training.origins import ModelOrigin
 from sana.training.starting import StartModel
@@ -51,45 +54,48 @@ class SprintObjective:
         self.settings, self.run, self.device = settings, run, device
         names = () if settings.data else ("scenes", "captions", "terse")
         drawn: dict[str, Any] = {name: getattr(settings, name) for name in names}
-        flow = FlowMatchingSettings(
-            start=settings.teacher,
-            data=settings.data,
-            features=settings.features,
-            dropout=0.0,
-            prompts=settings.prompts,
-            **drawn,
-        )
+        if settings.train == "controlnet":
+            drawn |= {"train": "controlnet", "control": settings.control}
+        with named("flow_matching", "sprint"):
+            flow = FlowMatchingSettings(
+                start=settings.teacher,
+                data=settings.data,
+                features=settings.features,
+                dropout=0.0,
+                prompts=settings.prompts,
+                **drawn,
+            )
         self.origin = (opened or ModelOrigin)(flow, run, device)
         whole = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
         check_teacher(whole, settings.teacher)
         config = whole.config
         self.taps = settings.taps or taps_of(config.num_layers)
         torch.manual_seed(run.seed)
-        self.student = student_of(whole, run.seed).train().requires_grad_(True)
-        if settings.student:
-            go_on(self.student, StartModel(settings.student, device))
-        is_whole = settings.base_dtype == "float32"
-        self.teacher = whole if is_whole else self.origin.start.transformer(torch.bfloat16, {})
-        self.teacher.eval().requires_grad_(False)
-        self.frozen = (self.teacher,)
+        taught = take_on(settings, run.seed, self.origin, whole)
+        self.teacher, self.network, self.trainable, self.frozen = taught
+        self.student = self.network.transformer
         critic = self.origin.start.transformer(torch.float32, {}) if settings.matching_weight else None
-        players = Players(self.student, critic, config.inner_dim, len(self.taps), settings.virtual_batch)
+        learns, width = self.trainable.module, config.inner_dim
+        players = Players(learns, critic, width, len(self.taps), settings.virtual_batch)
         self.module = placed_like(players, self.student.scale_shift_table)
         self.losses: list[tuple[float, Loss]] = []
         self.two_sided: list[TwoSidedLoss] = []
         if settings.consistency_weight:
-            self.losses.append((settings.consistency_weight, ConsistencyLoss(settings, players, self.teacher)))
+            self.losses.append(
+                (settings.consistency_weight, ConsistencyLoss(settings, players, self.teacher, self.network))
+            )
         if settings.adversarial_weight:
             self.two_sided.append(AdversarialLoss(settings, players, self.teacher, self.taps))
             self.losses.append((settings.adversarial_weight, self.two_sided[-1]))
         if critic is not None:
-            self.two_sided.append(MatchingLoss(settings, players, self.teacher, critic, self.origin.shift))
+            own = dataclasses.replace(self.teacher, transformer=critic)
+            self.two_sided.append(MatchingLoss(settings, self.teacher, self.network, own, self.origin.shift))
             self.losses.append((settings.matching_weight, self.two_sided[-1]))
         self.module.heads.requires_grad_(bool(settings.adversarial_weight))
         self.module.log_variance.requires_grad_(bool(settings.consistency_weight))
         if not self.two_sided:
             self.turns = ("generator",)
-        self.watch = Watch(self.origin, self.teacher, self.student, settings.guidance)
+        self.watch = Watch(self.origin, self.teacher, self.network, settings.guidance)
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """The student and its log-variance, or the heads and the critic: those of the losses that there are."""
@@ -101,7 +107,7 @@ class SprintObjective:
         """Loss of micro-batch `draw` for the player whose turn it is."""
         given = self.given(draw)
         with torch.set_grad_enabled(torch.is_grad_enabled() and turn == "generator"):
-            student = network_of(self.student, given.text, given.guidance)
+            student = network_of(self.network, given.under, given.guidance)
         if turn == "discriminator":
             told = [(1.0, loss.of_discriminator(student, given)) for loss in self.two_sided]
         else:
@@ -116,24 +122,24 @@ class SprintObjective:
         scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
         chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
         grouped = distributed.is_available() and distributed.is_initialized()
-        text = (batch.embeds, batch.mask)
+        under = Condition(batch.embeds, batch.mask, batch.control)
         return Given(
             latents=batch.latents,
-            text=text,
-            null=self._null(text),
+            under=under,
+            null=self._null(under),
             guidance=scales[chosen].to(self.device),
             step=draw // (self.run.accumulate * (distributed.get_world_size() if grouped else 1)),
             generator=generator,
         )
 
-    def _null(self, text: Text) -> Text:
-        """The unconditional text for every row of `text`, padded to its length."""
-        null, (embeds, mask) = self.origin.batches.null.to(text[0]), text
-        kept = min(len(null), embeds.shape[1])
-        empty, seen = torch.zeros_like(embeds), torch.zeros_like(mask)
+    def _null(self, under: Condition) -> Condition:
+        """The unconditional text for every row of `under`, padded to its length."""
+        null = self.origin.batches.null.to(under.embeds)
+        kept = min(len(null), under.embeds.shape[1])
+        empty, seen = torch.zeros_like(under.embeds), torch.zeros_like(under.mask)
         empty[:, :kept] = null[:kept]
         seen[:, :kept] = 1
-        return empty, seen
+        return under._replace(embeds=empty, mask=seen)
 
     def evaluate(self) -> Mapping[str, float]:
         """How far one step lands from where the teacher's many steps do, on texts kept apart.
@@ -147,5 +153,18 @@ class SprintObjective:
         return self.watch.preview()
 
     def export(self, folder: Path) -> None:
-        """Write the student with its teacher's encoders, as SANA-Sprint models are published."""
-        write(self.student, self.settings, folder)
+        """Write the student with its teacher's encoders, as SANA-Sprint models are published, or what it learnt."""
+        settings, run = self.settings, self.run
+        if settings.train == "full":
+            write(self.student, settings, folder)
+            return
+        facts = {
+            "trained": settings.train,
+            "teacher": settings.teacher,
+            "steps": str(run.steps),
+            "batch size": str(run.batch_size * run.accumulate),
+            "data": str(settings.data.get("path", "the drawn world")),
+            **({exports.CONTROL: self.origin.control.kind} if settings.train == "controlnet" else {}),
+        }
+        card = StartModel(settings.student, self.device).card
+        exports.write(self.trainable, settings.student, card, facts, folder)

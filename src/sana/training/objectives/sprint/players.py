@@ -1,6 +1,6 @@
 """Those who play in a distillation, and what a loss is to them.
 
-Shapes: B batch, C latent channels, h w latent size, T text length, E text width.
+Shapes: B batch, C latent channels, h w latent size.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from sana.models.discriminator import DiscriminatorHeads
 from sana.models.linear_dit import LinearDiT
-from sana.training.objectives.sprint.networks import Text
+from sana.training.objectives.sprint.networks import Condition
 from sana.training.objectives.sprint.trigflow import Network, draw_angles
 
 Told = tuple[Tensor, Mapping[str, Tensor]]
@@ -20,12 +20,13 @@ Told = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class Players(nn.Module):
-    """All that learns: the student, the log-variance of its consistency loss, the discriminator's heads and critic."""
+    """All that learns: the student (all of it, or an adapter or branch), the log-variance of its consistency loss, the
+    discriminator's heads and critic.
+    """
 
-    student: LinearDiT
     critic: LinearDiT | None
 
-    def __init__(self, student: LinearDiT, critic: LinearDiT | None, width: int, taps: int, group: int) -> None:
+    def __init__(self, student: nn.Module, critic: LinearDiT | None, width: int, taps: int, group: int) -> None:
         super().__init__()
         self.student, self.critic = student, critic
         self.log_variance = nn.Linear(width, 1)
@@ -40,9 +41,9 @@ class Given:
 
     latents: Tensor
     """Clean latents [B, C, h, w]."""
-    text: Text
-    null: Text
-    """The unconditional text for every row, of the same shapes."""
+    under: Condition
+    null: Condition
+    """The unconditional text for every row, of the same shapes, with the same control pictures."""
     guidance: Tensor
     """The scale that each sample is told, [B]."""
     step: int
@@ -62,7 +63,7 @@ class Loss(Protocol):
     """What teaches the student."""
 
     def of_generator(self, student: Network, given: Given) -> Told:
-        """Return what the student lowers; `student` is its network under the given texts."""
+        """Return what the student lowers; `student` is its network under the given condition."""
 
 
 class TwoSidedLoss(Loss, Protocol):

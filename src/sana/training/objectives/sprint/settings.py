@@ -9,6 +9,7 @@ from sana.training.config import RunSettings, build, changed, named
 from sana.training.objectives.flow_settings import DataSettings
 from sana.training.objectives.sprint.consistency import LIMITS
 from sana.training.objectives.sprint.trigflow import DERIVATIVES
+from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,12 @@ class SprintSettings:
     """Flow model with dense time and normalised queries and keys, as the teacher recipe makes it: folder or name."""
     student: str = ""
     """Distilled model to go on from, folder or name; empty starts as a copy of the teacher."""
+    train: str = "full"
+    """full (all weights of the student), lora (adapters beside it) or controlnet (a branch in front of it)."""
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    """As `[flow_matching.lora]`."""
+    control: Mapping[str, Any] = field(default_factory=dict)
+    """As `[flow_matching.control]`; `start` is the control network of the teacher."""
     base_dtype: str = "float32"
     """float32 or bfloat16: how the teacher is held, which stays as it is."""
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +79,7 @@ class SprintSettings:
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist and numbers that cannot be."""
-        for name, choices in (("limit", LIMITS), ("derivative", DERIVATIVES)):
+        for name, choices in (("train", TRAINABLES), ("limit", LIMITS), ("derivative", DERIVATIVES)):
             given = getattr(self, name)
             if given not in choices:
                 told = f"sprint.{name} is '{given}'.{did_you_mean(given, choices)}"
@@ -93,6 +100,7 @@ class SprintSettings:
             if changed(self, name) and not any(getattr(self, weight) for weight in weights):
                 unset = " and ".join(f"{weight} = 0" for weight in weights)
                 raise InvalidInput(f"sprint.{name} has no effect with {unset}. Remove one of them.")
+        self._check_train()
         if not 0 <= self.terse <= 1:
             raise InvalidInput(f"sprint.terse is a share of the captions, 0 to 1, but is {self.terse}.")
         if not 0 <= self.max_time_probability <= 1:
@@ -109,6 +117,27 @@ class SprintSettings:
         if self.data:
             with named("flow_matching.data", "sprint.data"):
                 build(DataSettings, self.data, "sprint.data")
+
+    def _check_train(self) -> None:
+        for table, owner in (("lora", "lora"), ("control", "controlnet")):
+            if getattr(self, table) and self.train != owner:
+                raise InvalidInput(f'[sprint.{table}] acts only with train = "{owner}"; it is "{self.train}".')
+        if self.train == "full":
+            return
+        if not self.student:
+            raise InvalidInput(
+                f'sprint.train = "{self.train}" learns something beside a distilled model: name it in sprint.student.'
+            )
+        if self.card:
+            raise InvalidInput(f'sprint.card is of a whole model, but train = "{self.train}" exports a part.')
+        with named("flow_matching.lora", "sprint.lora"):
+            build(LoraSettings, self.lora, "sprint.lora")
+        with named("flow_matching.control", "sprint.control"):
+            control = build(ControlSettings, self.control, "sprint.control")
+        if self.train == "controlnet" and not control.start:
+            raise InvalidInput(
+                "sprint.control.start names no control network. Train one in front of the teacher first."
+            )
 
     @property
     def has_two_players(self) -> bool:

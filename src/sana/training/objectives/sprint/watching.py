@@ -22,7 +22,7 @@ from sana.flow.schedules import Grid, scm_angles, scm_grid, trig_grid
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
 from sana.training.exports import stored_dtypes
-from sana.training.objectives.sprint.networks import Text, guided, network_of
+from sana.training.objectives.sprint.networks import Backbone, Condition, guided, network_of
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import Network
 from sana.training.origins import ModelOrigin
@@ -36,28 +36,29 @@ TEACHER_STEPS = 20
 class Watch:
     """Pictures and figures of a student beside its teacher."""
 
-    def __init__(self, origin: ModelOrigin, teacher: LinearDiT, student: LinearDiT, guidance: Sequence[float]) -> None:
+    def __init__(self, origin: ModelOrigin, teacher: Backbone, student: Backbone, guidance: Sequence[float]) -> None:
         """Nothing is computed yet; of the scales that are taught the middle one is looked at."""
         self.origin, self.teacher, self.student = origin, teacher, student
         self.guidance = sorted(guidance)[len(guidance) // 2]
         self._shown: Batch | None = None
-        self._known: tuple[Text, Tensor] | None = None
+        self._known: tuple[Condition, Tensor] | None = None
 
     @torch.no_grad()
-    def evaluate(self, null: Callable[[Text], Text]) -> dict[str, float]:
+    def evaluate(self, null: Callable[[Condition], Condition]) -> dict[str, float]:
         """Root mean square from the student's one step to the teacher's end of the same noise."""
         if self._known is None:
             batch = next(iter(self.origin.batches.held_out()), None)
             if batch is None:
                 return {}
-            text = (batch.embeds[:WATCHED], batch.mask[:WATCHED])
-            scale = torch.full((len(text[0]),), self.guidance, device=text[0].device)
+            control = None if batch.control is None else batch.control[:WATCHED]
+            under = Condition(batch.embeds[:WATCHED], batch.mask[:WATCHED], control)
+            scale = torch.full((len(under.mask),), self.guidance, device=under.mask.device)
             angles = scm_angles(TEACHER_STEPS, intermediate_timesteps=None)
             like = batch.latents[:WATCHED]
-            taught = _drawn(guided(self.teacher, text, null(text), scale), trig_grid(angles), like, flow_euler)
-            self._known = text, taught
-        text, taught = self._known
-        once = _drawn(self._network(text), scm_grid(1), taught)
+            taught = _drawn(guided(self.teacher, under, null(under), scale), trig_grid(angles), like, flow_euler)
+            self._known = under, taught
+        under, taught = self._known
+        once = _drawn(self._network(under), scm_grid(1), taught)
         return {"distance": float((once - taught).square().mean().sqrt())}
 
     @torch.no_grad()
@@ -67,12 +68,13 @@ class Watch:
             self._shown = self.origin.preview_batch()
         if self._shown is None:
             return None
-        network = self._network((self._shown.embeds, self._shown.mask))
+        network = self._network(Condition(self._shown.embeds, self._shown.mask, self._shown.control))
         drawn = [_drawn(network, scm_grid(steps), self._shown.latents) for steps in (1, 2)]
         return sheet([self.origin.decode(latents) for latents in drawn])
 
-    def _network(self, text: Text) -> Network:
-        return network_of(self.student, text, torch.full((len(text[0]),), self.guidance, device=text[0].device))
+    def _network(self, under: Condition) -> Network:
+        scale = torch.full((len(under.mask),), self.guidance, device=under.mask.device)
+        return network_of(self.student, under, scale)
 
 
 def _drawn(network: Network, grid: Grid, like: Tensor, solver: Solver = scm) -> Tensor:
