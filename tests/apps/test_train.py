@@ -52,6 +52,10 @@ class FakeTrainer:
 
     is_first = True
 
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= int(self.recipe.run.steps)
+
     def steps(self, stop: Callable[[], bool]) -> Iterator[TrainStep]:
         total = self.recipe.run.steps
         try:

@@ -56,7 +56,7 @@ def warm_up(folder: Path) -> None:
     for p in trainer.objective.module.parameters():
         p.grad = torch.zeros_like(p)
     trainer.players.move("main", 0, trainer.players.norm("main"))
-    trainer._record(TrainStep(step=0, steps=1, loss=1.0, parts={}, seconds=1.0, figures=trainer._look()))
+    trainer._record(TrainStep(step=0, steps=1, loss=1.0, parts={}, seconds=1.0, figures=trainer._look(lambda: False)))
     trainer.save()
     trainer.close()
 
@@ -253,6 +253,52 @@ def test_a_stop_between_micro_batches_gives_the_step_up_and_saves_what_was(tmp_p
     assert all(torch.equal(tensor, two.parts["module"][name]) for name, tensor in one.parts["module"].items())
 
 
+@pytest.mark.parametrize("moment", ["in the step", "evaluate", "preview"])
+@pytest.mark.parametrize("step", [0, 6, 12])
+def test_a_stop_saves_without_a_look_and_the_look_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, step: int
+) -> None:
+    whole = run(tmp_path / "whole", "adamw")
+    asked, looks = list[str](), list[tuple[int, str]]()
+    trainer = Trainer(Regression(), settings(), FAST, tmp_path / "parts")
+
+    def during(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            looks.append((trainer.step, name))
+            asked.extend([name] if (trainer.step, name) == (step, moment) else [])
+            return real(*arguments)
+
+        return wrapped
+
+    if moment == "in the step" and not step:
+        asked.append(moment)
+    for name in ("evaluate", "preview"):
+        monkeypatch.setattr(trainer.objective, name, during(name, getattr(trainer.objective, name)))
+    in_step = lambda: moment == "in the step" and trainer.step == step - 1  # noqa: E731
+    seen = list(trainer.steps(lambda: bool(asked) or in_step()))
+    assert [report.step for report in seen] == list(range(1, step + 1))
+    assert not seen or (seen[-1].stopping and seen[-1].figures is None)
+    assert not trainer.is_finished
+    assert {name for at, name in looks if at == step} == {
+        "in the step": set(), "evaluate": {"evaluate"}, "preview": {"evaluate", "preview"}
+    }[moment]  # fmt: skip
+    saved = load_state(tmp_path / "parts" / "states")
+    assert saved is not None
+    assert saved.step == step
+    again = run(tmp_path / "parts", "adamw")
+    assert again.is_finished
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(whole).items())
+    assert again.best == whole.best
+    assert load_best(tmp_path / "parts" / "best").facts == load_best(tmp_path / "whole" / "best").facts
+    told, known = (
+        [(line["step"], line.get("loss"), line["held_out"]) for line in read_lines(folder / "metrics.jsonl")]
+        for folder in (tmp_path / "parts", tmp_path / "whole")
+    )
+    assert told == known
+    assert len(list((tmp_path / "parts" / "previews").iterdir())) == 3
+    assert run(tmp_path / "parts", "adamw").is_finished  # a third call has nothing left to make up for
+
+
 def test_too_many_refused_steps_leave_a_report(tmp_path: Path) -> None:
     trainer = Trainer(Regression(frozenset({2, 5, 6})), settings(max_non_finite=2), FAST, tmp_path)
     with pytest.raises(NonFinite, match=r"3 steps had a non-finite .* about them is in .*non-finite.json"):
@@ -268,7 +314,7 @@ def test_too_many_refused_steps_leave_a_report(tmp_path: Path) -> None:
 
 def test_the_best_weights_are_kept_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(Regression, "evaluate", lambda _: {"held_out": next(figures)})
+    monkeypatch.setattr(Regression, "evaluate", lambda *_: {"held_out": next(figures)})
     kept: dict[int, dict[str, Tensor]] = {}
     trainer = Trainer(Regression(), settings(export="best"), FAST, tmp_path)
     for report in trainer.steps():
@@ -288,7 +334,7 @@ def test_better_is_what_the_objective_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str, step: int
 ) -> None:
     figures = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(Regression, "evaluate", lambda _: {"held_out": next(figures)})
+    monkeypatch.setattr(Regression, "evaluate", lambda *_: {"held_out": next(figures)})
     monkeypatch.setattr(Regression, "better", better)
     assert run(tmp_path).best["step"] == step
 

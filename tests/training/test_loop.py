@@ -14,7 +14,7 @@ from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import draw_curve, read_series
 from sana.training.loop import Trainer
-from sana.training.objectives.base import MAIN, trainable
+from sana.training.objectives.base import MAIN, Check, trainable, unasked
 from sana.training.optimizers import Optimizers, rate
 from sana.training.state import Average, State, load_state, save_state
 
@@ -41,10 +41,11 @@ class Regression:
             loss = loss * float("nan")
         return loss, {"draw": torch.tensor(float(draw))}
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
+        check()
         return {"held_out": float(self.loss(10**6)[0].detach())}
 
-    def preview(self) -> Image.Image:
+    def preview(self, check: Check = unasked) -> Image.Image:
         return Image.new("RGB", (4, 4))
 
     def export(self, folder: Path) -> None:
@@ -119,7 +120,7 @@ class Game(Regression):
         score = self.module["critic"](self.module["map"](x)).mean()
         return (score.square() if turn == "generator" else (score - 1).square()), {}
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         return {"held_out": 0.0}
 
 

@@ -102,8 +102,19 @@ def poisoned(rank: int, folder: Path) -> None:
 
 def stopped(rank: int, folder: Path) -> None:
     trainer = Trainer(Regression(), settings(), ADAMW, folder)
-    seen = [report.step for report in trainer.steps(lambda: rank == 1 and trainer.step == 6)]
-    assert seen == [1, 2, 3, 4, 5, 6, 7]
+    seen = [report.step for report in trainer.steps(lambda: rank == 1 and trainer.step == 4)]
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def left(rank: int, folder: Path, **changes: object) -> None:
+    """The second process is asked to stop while all evaluate at step 6."""
+    trainer = Trainer(Blocks(), settings(**changes), ADAMW, folder, rebuild=Blocks)
+    seen = list(trainer.steps(lambda: rank == 1 and trainer.step == 6))
+    assert [report.step for report in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1].stopping
+    assert seen[-1].figures is None
+    assert not trainer.is_finished
+    assert blocks(folder, **changes).is_finished
 
 
 def players(folder: Path, **changes: object) -> None:
@@ -128,6 +139,8 @@ def all_of_it(rank: int, folder: Path) -> None:
     blocks(folder / "begun by one")
     poisoned(rank, folder / "poisoned")
     stopped(rank, folder / "stopped")
+    left(rank, folder / "left")
+    left(rank, folder / "left split", shard=True)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +158,7 @@ def test_two_processes_walk_as_one(tmp_path: Path, pair: Path) -> None:
     blocks(tmp_path / "four", accumulate=4)
     game(tmp_path / "game alone", accumulate=2)
     whole, expected = state(tmp_path / "one"), losses(tmp_path / "one")
-    for name in ("copies", "split", "resumed", "begun by two", "begun by one"):
+    for name in ("copies", "split", "resumed", "begun by two", "begun by one", "left", "left split"):
         assert losses(pair / name) == pytest.approx(expected, abs=1e-5), name
         found = state(pair / name)
         assert found.keys() == whole.keys()
@@ -155,6 +168,9 @@ def test_two_processes_walk_as_one(tmp_path: Path, pair: Path) -> None:
         assert losses(pair / two) == pytest.approx(losses(tmp_path / alone), abs=1e-5), two
     split, resumed = state(pair / "split"), state(pair / "resumed")
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in split.items())
+    left = state(pair / "left split")
+    assert all(torch.equal(tensor, left[key]) for key, tensor in split.items())
+    assert [line["step"] for line in read_lines(pair / "left" / "metrics.jsonl") if line["held_out"]] == [0, 6, 12]
     exported = torch.load(pair / "split" / "export" / "weights.pt", weights_only=True)
     torch.testing.assert_close(exported["first.weight"], one.average.values["first.weight"], rtol=1e-3, atol=2e-5)
     assert torch.equal(exported["frozen.weight"], one.objective.module["frozen"].weight)  # type: ignore[index]
@@ -215,7 +231,7 @@ def test_a_non_finite_loss_of_one_process_is_refused_by_all(pair: Path) -> None:
 def test_a_stop_asked_of_one_process_ends_all_after_the_same_step_saved(pair: Path) -> None:
     found = load_state(pair / "stopped" / "states")
     assert found is not None
-    assert found.step == 7
+    assert found.step == 5
 
 
 def one_dies(rank: int, how: str, folder: str) -> None:

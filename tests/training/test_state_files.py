@@ -24,7 +24,7 @@ from sana.training import state as module
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import append_line, draw_curve, read_series
 from sana.training.loop import Trainer
-from sana.training.objectives.base import MAIN, trainable
+from sana.training.objectives.base import MAIN, Check, trainable, unasked
 from sana.training.state import State, load_state, save_state
 
 
@@ -227,10 +227,10 @@ class Line:
     def loss(self, draw: int, turn: str = "main") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.module(torch.ones(1, self.module.in_features)).square().mean(), {}
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, check: Check = unasked) -> dict[str, float]:
         return {"held": math.nan}
 
-    def preview(self) -> None:
+    def preview(self, check: Check = unasked) -> None:
         return None
 
     def export(self, folder: Path) -> None:

@@ -36,7 +36,10 @@ def append_line(metrics: Path, line: Mapping[str, object]) -> None:
 
 
 def read_lines(metrics: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, one for each step, in the order of the steps. Later lines replace earlier ones."""
+    """The whole lines of a log, one for each step, in the order of the steps.
+
+    Later lines replace earlier ones; held-out figures that were made up for, without a loss, join the line before.
+    """
     lines: dict[int, dict[str, Any]] = {}
     for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -44,7 +47,9 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
             numbers = {name: float(line[name]) for name in ("loss", "seconds", "samples") if name in line}
             held_out = {str(name): float(value) for name, value in (line.get("held_out") or {}).items()}
             if numbers.get("loss") is not None or held_out:
-                lines[int(line["step"])] = {**line, **numbers, "step": int(line["step"]), "held_out": held_out}
+                step = int(line["step"])
+                before = {} if "loss" in numbers else lines.get(step, {})
+                lines[step] = {**line, **numbers, **before, "step": step, "held_out": held_out}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue
     return [lines[step] for step in sorted(lines)]

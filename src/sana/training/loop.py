@@ -20,7 +20,7 @@ from sana.errors import InvalidInput, NonFinite, NotWritten
 from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.folders import Lock, check_changes
-from sana.training.objectives.base import Objective
+from sana.training.objectives.base import LookLeft, Objective
 from sana.training.players import Players, Tensors, check_players, use_checkpointing
 from sana.training.processes import Processes
 from sana.training.records import Records
@@ -88,6 +88,7 @@ class Trainer:
         self.players = Players(objective, run, optimizer, discriminator_optimizer, self.samples)
         self.average = self.players.average
         self.step, self.draws, self.refused = 0, 0, 0
+        self._look_is_due = True
         self.best: dict[str, Any] = {}
         self._refusals: list[dict[str, Any]] = []
         self._lock = Lock(folder) if self.processes.is_first else None
@@ -104,6 +105,11 @@ class Trainer:
         """Whether this is the process that writes and speaks."""
         return self.processes.is_first
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are taken, and the look after the last one."""
+        return self.step >= self.run.steps and not self._look_is_due
+
     def close(self) -> None:
         """Let other processes have the folder; `steps` does it at its end."""
         if self._lock is not None:
@@ -119,6 +125,7 @@ class Trainer:
             "draws": self.draws,
             "draws_per_step": self.draws_per_step,
             "best": self.best,
+            "look_is_due": self._look_is_due,
             "settings": self._tables,
         }
 
@@ -149,6 +156,7 @@ class Trainer:
         self.step, self.refused = state.step, int(saved.get("refused", 0))
         self.draws = int(saved.get("draws", self.step * self.draws_per_step))
         self.best = dict(saved.get("best", {}))
+        self._look_is_due = bool(saved.get("look_is_due", False))
         logger.info("resumed '%s' at step %d", self.folder, self.step)
 
     def save(self) -> None:
@@ -236,15 +244,41 @@ class Trainer:
             self.processes.forget()
             self.average.swap()
 
-    def _look(self) -> dict[str, float] | None:
-        """Measure, draw a picture, and keep the weights if they are the best so far; all processes take part."""
-        with self.averaged():
-            figures = {name: float(value) for name, value in self.processes.look("evaluate").items()}
-            picture = self.processes.look("preview")
+    def _look(self, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Measure, draw a picture, and keep the weights if they are the best so far; all processes take part.
+
+        Returns None when it was left because one of them was asked to stop; it is due still.
+        """
+
+        def check() -> None:
+            if self.processes.total(stop())[0]:
+                raise LookLeft
+
+        with contextlib.suppress(LookLeft), self.averaged():
+            check()
+            figures = {name: float(value) for name, value in self.processes.look("evaluate", check).items()}
+            check()
+            picture = self.processes.look("preview", check)
+            check()
             if self._records is not None and picture is not None:
                 self._records.keep_preview(self.step, picture)
             self._keep_best(figures)
-        return figures
+            self._look_is_due = False
+            return figures
+        return None
+
+    def _make_up(self, stop: Callable[[], bool]) -> bool:
+        """Take the look before the first step, or the one that a stop had no time for; tell whether to go on."""
+        figures = self._look(stop)
+        if figures is None:
+            self._save_now(last=True)
+            return False
+        self._record(
+            TrainStep(step=self.step, steps=self.run.steps, loss=math.nan, parts={}, seconds=0, figures=figures)
+        )
+        if self.step >= self.run.steps:
+            self._save_now(last=False)
+        return True
 
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         name, figure = next(iter(figures.items()), ("", math.nan))
@@ -263,7 +297,8 @@ class Trainer:
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[TrainStep]:
         """Train to the end, yielding one report a step; closing the generator saves first.
 
-        `stop` is asked in every step; when it says yes in any process, all end after the same step, saved.
+        `stop` is asked in every step and during looks; when it says yes in any process, all end after the same step,
+        saved. A look that is due then is taken when the run goes on.
         Errors: NonFinite after too many refused steps; ProcessLost; NotWritten when the last state cannot be written.
         """
         if self._lock is not None:
@@ -281,8 +316,8 @@ class Trainer:
 
     def _steps(self, stop: Callable[[], bool]) -> Iterator[TrainStep]:
         run, is_stopping = self.run, False
-        if self.step == 0:
-            self._record(TrainStep(step=0, steps=run.steps, loss=math.nan, parts={}, seconds=0, figures=self._look()))
+        if self._look_is_due and not self._make_up(stop):
+            return
         while self.step < run.steps and not is_stopping:
             began = time.perf_counter()
             done = self._update(stop)
@@ -292,7 +327,10 @@ class Trainer:
             loss, parts, is_stopping = done
             self.step += 1
             last = self.step == run.steps
-            figures = self._look() if last or self.step % run.evaluate_every == 0 else None
+            self._look_is_due = last or self.step % run.evaluate_every == 0
+            # Whoever asks for a stop may soon kill, and a look takes minutes: saving comes first.
+            figures = self._look(stop) if self._look_is_due and not is_stopping else None
+            is_stopping = is_stopping or self._look_is_due
             report = TrainStep(
                 step=self.step,
                 steps=run.steps,
@@ -310,7 +348,7 @@ class Trainer:
 
     def _record(self, report: TrainStep) -> None:
         if self._records is not None and (report.figures is not None or report.step % self.run.log_every == 0):
-            line: dict[str, Any] = {} if math.isnan(report.loss) and not report.step else {"loss": report.loss}
+            line: dict[str, Any] = {"loss": report.loss} if report.parts else {}
             line = {"step": report.step, **line, **report.parts, "seconds": report.seconds}
             if report.samples:
                 line["samples"] = report.samples

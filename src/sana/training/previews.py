@@ -11,6 +11,7 @@ from sana.flow.guidance import combine
 from sana.flow.samplers import flow_dpm
 from sana.flow.schedules import flow_dpm_grid
 from sana.training.batches import Batch
+from sana.training.objectives.base import Check, unasked
 from sana.training.origins import Origin
 from sana.training.trainables import Trainable
 
@@ -43,7 +44,7 @@ class PreviewSheet:
         )
 
     @torch.no_grad()
-    def draw(self, trainable: Trainable) -> Image.Image | None:
+    def draw(self, trainable: Trainable, check: Check = unasked) -> Image.Image | None:
         """Draw the sheet in 20 steps; under a control branch the control pictures stand in a row below each row."""
         both = self._both
         if both is None:
@@ -53,6 +54,7 @@ class PreviewSheet:
         x = torch.randn(both.latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
         def velocity(x: Tensor, i: int) -> Tensor:
+            check()
             rows = x if self.guidance == 1 else torch.cat([x, x])
             times = grid.timesteps[i].to(device, torch.float32).expand(len(rows)) * scale
             out = trainable.velocity(rows, both, times).float()
@@ -63,6 +65,7 @@ class PreviewSheet:
 
         for step in flow_dpm(velocity, x, grid):
             x = step.latents
+        check()
         rows = [self.origin.decode(x)]
         if both.control is not None:
             rows.append(self.origin.decode(both.control[: len(x)]))

@@ -95,9 +95,9 @@ class Processes:
             self.accelerator.backward(loss)
         return loss.detach(), logged
 
-    def look(self, method: str) -> Any:
+    def look(self, method: str, *arguments: Any) -> Any:
         """Call a method of the objective that needs the weights but no gradients."""
-        return self._call(method)
+        return self._call(method, *arguments)
 
     def forget(self) -> None:
         """Drop the whole weights that split ones were put together to for a look."""

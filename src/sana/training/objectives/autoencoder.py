@@ -42,7 +42,7 @@ from sana.training.autoencoder_pictures import (
 )
 from sana.training.config import RunSettings
 from sana.training.objectives.autoencoder_settings import AutoencoderSettings
-from sana.training.objectives.base import MAIN
+from sana.training.objectives.base import MAIN, Check, unasked
 from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, mean_square, psnr, squared_error
 
 __all__ = ["AutoencoderObjective", "AutoencoderSettings", "cell_labels", "load_autoencoder", "to_tensor"]
@@ -203,13 +203,14 @@ class AutoencoderObjective:
         last = self.module.autoencoder.decoder.conv_out
         return last.weight if isinstance(last, nn.Conv2d) else last.conv.weight
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         """PSNR in dB over the held-out pictures, clean, at a latent error of 0.2 and from the first channels alone;
         the latent's root mean square, and what becomes of it when the same pictures have twice the size.
         """
         autoencoder, generator = self.module.autoencoder, torch.Generator().manual_seed(0)
         squares: dict[str, float] = {}
         for first in range(0, self.pictures.held, self.run.batch_size):
+            check()
             pictures = self.pictures.held_out(first, self.run.batch_size).to(self.device)
             latents = autoencoder.encode(pictures)[0]
             noise = torch.randn(latents.shape, generator=generator).to(self.device)
@@ -227,12 +228,14 @@ class AutoencoderObjective:
             figures["rms_twice"] /= figures["latent_rms"]
         return figures
 
-    def preview(self) -> Image.Image:
+    def preview(self, check: Check = unasked) -> Image.Image:
         """Eight held-out pictures above their reconstructions."""
         pictures = self.pictures.held_out(0, PREVIEWED).to(self.device)
-        parts = torch.split(pictures, self.run.batch_size)
-        restored = torch.cat([self.module.autoencoder(part, return_dict=False)[0].float() for part in parts])
-        rows = torch.stack([pictures, restored]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        restored = []
+        for part in torch.split(pictures, self.run.batch_size):
+            check()
+            restored.append(self.module.autoencoder(part, return_dict=False)[0].float())
+        rows = torch.stack([pictures, torch.cat(restored)]).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         return Image.fromarray(rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).cpu().numpy())
 
     def export(self, folder: Path) -> None:

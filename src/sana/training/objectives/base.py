@@ -1,6 +1,6 @@
 """What the trainer asks of an objective. An objective owns its models, its data and its losses, and no loop."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -9,6 +9,17 @@ from torch import Tensor, nn
 
 MAIN = ("main",)
 """The turns of an objective with one player."""
+
+Check = Callable[[], None]
+"""Called between the batches of a look, as often in every process; raises `LookLeft` when the run was asked to stop."""
+
+
+class LookLeft(Exception):
+    """A look at held-out data is given up for a stop; the objective lets it pass."""
+
+
+def unasked() -> None:
+    """The `Check` of a look that is taken to its end."""
 
 
 class Objective(Protocol):
@@ -36,11 +47,11 @@ class Objective(Protocol):
         """Loss of micro-batch number `draw` in a turn, and detached scalars for the log."""
         ...
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         """Figures on held-out data, always the same data; the first one is the one that should be watched."""
         ...
 
-    def preview(self) -> Image.Image | None:
+    def preview(self, check: Check = unasked) -> Image.Image | None:
         """A picture that shows how far the training is, or None."""
         ...
 

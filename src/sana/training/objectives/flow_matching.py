@@ -25,7 +25,7 @@ from sana.flow.density import NoiseLevels, loss_weights, sample_levels, sample_s
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
 from sana.training.config import RunSettings
-from sana.training.objectives.base import MAIN, trainable
+from sana.training.objectives.base import MAIN, Check, trainable, unasked
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.origins import ModelOrigin, Origin, ScratchOrigin
 from sana.training.previews import PreviewSheet
@@ -150,7 +150,7 @@ class FlowMatchingObjective:
         return total, {"velocity": velocity.detach(), "labels": reading.detach()}
 
     @torch.no_grad()
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         """Velocity loss at fixed levels on samples kept apart, with the right captions and with captions of others.
 
         The gap between the two is the cheapest sign that the text is read; where a single sample is kept, there is
@@ -159,6 +159,7 @@ class FlowMatchingObjective:
         matched, misread, count, generator = 0.0, 0.0, 0, torch.Generator().manual_seed(1)
         lone = False
         for batch in self.origin.batches.held_out():
+            check()
             size = len(batch.latents)
             noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)
             levels = _spread(HELD_OUT_SIGMAS, size)
@@ -170,11 +171,11 @@ class FlowMatchingObjective:
         figures = {"matched": matched / count}
         return figures if lone else {**figures, "gap": (misread - matched) / count}
 
-    def preview(self) -> Image.Image | None:
+    def preview(self, check: Check = unasked) -> Image.Image | None:
         """The preview prompts, drawn in 20 steps from a fixed seed."""
         if self._sheet is None:
             self._sheet = PreviewSheet(self.origin, self.settings.preview_guidance)
-        return self._sheet.draw(self.trainable)
+        return self._sheet.draw(self.trainable, check)
 
     def export(self, folder: Path) -> None:
         """Write what was trained, as the loaders read it."""

@@ -29,7 +29,7 @@ from sana.errors import InvalidInput
 from sana.text.gemma import with_cache
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
 from sana.training.config import RunSettings
-from sana.training.objectives.base import MAIN, trainable
+from sana.training.objectives.base import MAIN, Check, trainable, unasked
 from sana.training.tokenizer import save_tokenizer, train_tokenizer
 
 INSTRUCTION = join_instruction(COMPLEX_HUMAN_INSTRUCTION) or ""
@@ -262,10 +262,11 @@ class LanguageModelObjective:
         total = words + self.settings.question_weight * (asked + read)
         return total, {"words": words.detach(), "phrases": asked.detach(), "scenes": read.detach()}
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         """Share of held-out scenes answered entirely right, with and without the instruction, and the perplexity."""
         figures = {}
         for name, with_instruction in (("scenes_read", True), ("scenes_read_bare", False)):
+            check()
             texts = self._texts(self._held_out, with_instruction)
             logits, _, scenes = self._scores(texts, with_instruction)
             right = torch.ones(len(self._held_out), dtype=torch.bool, device=self.device)
@@ -276,7 +277,7 @@ class LanguageModelObjective:
         words = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return {**figures, "perplexity": math.exp(float(words))}
 
-    def preview(self) -> None:
+    def preview(self, check: Check = unasked) -> None:
         """Nothing to look at."""
 
     def export(self, folder: Path) -> None:

@@ -232,7 +232,7 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
     if trainer.step:
         terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
     asked = _loop(stage, trainer, terminal)
-    if trainer.step < stage.recipe.run.steps:
+    if not trainer.is_finished:
         where = f"{stage.name} is saved at step {trainer.step} of {stage.recipe.run.steps}"
         raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)

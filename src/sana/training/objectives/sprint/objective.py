@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from sana.nn.placement import placed_like
 from sana.training import exports
 from sana.training.config import RunSettings, named
+from sana.training.objectives.base import Check, unasked
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.losses import AdversarialLoss, ConsistencyLoss, MatchingLoss
 from sana.training.objectives.sprint.networks import Condition, network_of, taps_of
@@ -141,16 +142,16 @@ class SprintObjective:
         seen[:, :kept] = 1
         return under._replace(embeds=empty, mask=seen)
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self, check: Check = unasked) -> Mapping[str, float]:
         """How far one step lands from where the teacher's many steps do, on texts kept apart.
 
         Distribution matching finds pictures of its own, so under it the figure says nothing of their quality.
         """
-        return self.watch.evaluate(self._null)
+        return self.watch.evaluate(self._null, check)
 
-    def preview(self) -> Image.Image | None:
+    def preview(self, check: Check = unasked) -> Image.Image | None:
         """The preview prompts in one step, and below each row in two."""
-        return self.watch.preview()
+        return self.watch.preview(check)
 
     def export(self, folder: Path) -> None:
         """Write the student with its teacher's encoders, as SANA-Sprint models are published, or what it learnt."""

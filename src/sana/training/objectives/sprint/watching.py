@@ -22,6 +22,7 @@ from sana.flow.schedules import Grid, scm_angles, scm_grid, trig_grid
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch
 from sana.training.exports import stored_dtypes
+from sana.training.objectives.base import Check, unasked
 from sana.training.objectives.sprint.networks import Backbone, Condition, guided, network_of
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.trigflow import Network
@@ -44,7 +45,7 @@ class Watch:
         self._known: tuple[Condition, Tensor] | None = None
 
     @torch.no_grad()
-    def evaluate(self, null: Callable[[Condition], Condition]) -> dict[str, float]:
+    def evaluate(self, null: Callable[[Condition], Condition], check: Check = unasked) -> dict[str, float]:
         """Root mean square from the student's one step to the teacher's end of the same noise."""
         if self._known is None:
             batch = next(iter(self.origin.batches.held_out()), None)
@@ -55,21 +56,23 @@ class Watch:
             scale = torch.full((len(under.mask),), self.guidance, device=under.mask.device)
             angles = scm_angles(TEACHER_STEPS, intermediate_timesteps=None)
             like = batch.latents[:WATCHED]
-            taught = _drawn(guided(self.teacher, under, null(under), scale), trig_grid(angles), like, flow_euler)
+            teacher = guided(self.teacher, under, null(under), scale)
+            taught = _drawn(teacher, trig_grid(angles), like, check, flow_euler)
             self._known = under, taught
         under, taught = self._known
-        once = _drawn(self._network(under), scm_grid(1), taught)
+        once = _drawn(self._network(under), scm_grid(1), taught, check)
         return {"distance": float((once - taught).square().mean().sqrt())}
 
     @torch.no_grad()
-    def preview(self) -> Image.Image | None:
+    def preview(self, check: Check = unasked) -> Image.Image | None:
         """The preview prompts in one step, and below each row in two."""
         if self._shown is None:
             self._shown = self.origin.preview_batch()
         if self._shown is None:
             return None
         network = self._network(Condition(self._shown.embeds, self._shown.mask, self._shown.control))
-        drawn = [_drawn(network, scm_grid(steps), self._shown.latents) for steps in (1, 2)]
+        drawn = [_drawn(network, scm_grid(steps), self._shown.latents, check) for steps in (1, 2)]
+        check()
         return sheet([self.origin.decode(latents) for latents in drawn])
 
     def _network(self, under: Condition) -> Network:
@@ -77,12 +80,13 @@ class Watch:
         return network_of(self.student, under, scale)
 
 
-def _drawn(network: Network, grid: Grid, like: Tensor, solver: Solver = scm) -> Tensor:
+def _drawn(network: Network, grid: Grid, like: Tensor, check: Check, solver: Solver = scm) -> Tensor:
     """Latents [B, C, h, w] drawn along a grid of TrigFlow levels from fixed noise."""
     generator = torch.Generator().manual_seed(0)
     levels = grid.sigmas.to(like.device)
 
     def velocity(x: Tensor, i: int) -> Tensor:
+        check()
         sigma = levels[i]
         angle = torch.atan2(sigma, 1 - sigma).expand(len(x))
         radius = (sigma**2 + (1 - sigma) ** 2).sqrt()
