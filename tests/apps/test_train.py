@@ -131,6 +131,28 @@ def test_a_finished_stage_is_not_trained_again(sana: Sana, trainers: list[FakeTr
     assert Path("runs/toy/a/export/weights").read_text() == "6"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_that_is_a_link_or_open_to_all_is_told(
+    sana: Sana, trainers: list[FakeTrainer], tmp_path: Path
+) -> None:
+    path = write("a.toml")
+    Path("there").mkdir()
+    Path("here").symlink_to("there")
+    linked = sana("train", path, "-o", "here")
+    assert linked.code == 0
+    assert f"here is a link; the training goes to {tmp_path / 'there'}." in linked.err
+    assert "Every user" not in linked.err
+    Path("elsewhere").mkdir()
+    Path("runs").mkdir()
+    Path("runs/a").symlink_to("../elsewhere")
+    assert f"runs/a is a link; the training goes to {tmp_path / 'elsewhere'}." in sana("train", path, "-o", "runs").err
+    for place, mode, told in (("there", 0o777, True), ("there/a", 0o777, True), ("there", 0o1777, False)):
+        Path(place).chmod(mode)
+        warning = f"warning: Every user of this computer can replace files in {tmp_path / place}."
+        assert (warning in sana("train", path, "-o", "there").err) is told
+        Path(place).chmod(0o755)
+
+
 def test_output_names_the_folder_of_the_runs(sana: Sana, trainers: list[FakeTrainer]) -> None:
     assert sana("train", write("a.toml"), "-o", "elsewhere").out == "elsewhere/a/export\n"
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from sana.apps.cli.output import printable
+from sana.apps.cli.output import Terminal, printable
 from sana.errors import InvalidInput
 
 LONGEST_SLUG = 60
@@ -158,6 +158,17 @@ def check_files(files: Sequence[Path], *, force: bool, make: bool = True) -> Non
             raise InvalidInput(f"{file} is no ordinary file. Choose another -o.")
         if not force:
             raise InvalidInput(f"{file} exists already. Add --force to overwrite it, or choose another --seed or -o.")
+
+
+def tell_place(folder: Path, what: str, terminal: Terminal) -> None:
+    """Say where `what` goes when a folder is a link, and warn when every user of the computer may replace files there.
+
+    Of a folder that is not there yet nothing is said.
+    """
+    if folder.is_symlink():
+        terminal.say(f"{folder} is a link; {what} to {folder.resolve()}.")
+    if open_to_all(folder):
+        terminal.warn(f"Every user of this computer can replace files in {folder.absolute()}.")
 
 
 def open_to_all(folder: Path) -> bool:

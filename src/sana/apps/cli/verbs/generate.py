@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sana.apps.cli.drawing import Drawing
 from sana.apps.cli.machine import introduce
 from sana.apps.cli.manifest import Manifest
-from sana.apps.cli.names import check_files, open_to_all
+from sana.apps.cli.names import check_files, open_to_all, tell_place
 from sana.apps.cli.order import Order, named_as_flags, parse
 from sana.apps.cli.output import Terminal
 from sana.apps.cli.report import Report
@@ -84,11 +84,7 @@ def _check_place(order: Order, terminal: Terminal) -> None:
         return
     force = writing.force or writing.skip_existing
     check_files(order.files, force=force, make=not order.manner.dry_run)
-    folder = order.files[0].parent
-    if folder.is_symlink():
-        terminal.say(f"{folder} is a link; the pictures go to {folder.resolve()}.")
-    if open_to_all(folder):
-        terminal.warn(f"Every user of this computer can replace files in {folder.absolute()}.")
+    tell_place(order.files[0].parent, "the pictures go", terminal)
 
 
 def _introduce(card: "Card", order: Order, terminal: Terminal, name: str | None = None) -> None:

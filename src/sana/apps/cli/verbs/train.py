@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.demo import demo, next_steps
+from sana.apps.cli.names import tell_place
 from sana.apps.cli.output import Terminal, duration
 from sana.errors import InvalidInput
 
@@ -97,6 +98,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     if os.environ.get("RANK", "0") != "0":  # the launchers of several processes number them so
         terminal.quiet, terminal.json, terminal.events = True, False, False
     done: list[dict[str, Any]] = []
+    for folder in dict.fromkeys(place for stage in stages for place in (stage.folder.parent, stage.folder)):
+        tell_place(folder, "the training goes", terminal)
     for stage in stages:
         began = time.perf_counter()
         if _is_finished(stage, terminal):
