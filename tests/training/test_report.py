@@ -1,5 +1,6 @@
 """What a run tells about itself: the page, and the trackers."""
 
+import errno
 import math
 import re
 import sys
@@ -112,11 +113,65 @@ def test_wandb_gets_figures_and_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     fake.init = lambda **options: calls.append(("init", options)) or session
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run(tmp_path / "toy", report=("wandb",))
+    run(tmp_path / "stopped", stop=5, report=("wandb",))
+    run(tmp_path / "stopped", report=("wandb",), log_every=2)
+    assert [what["resume"] for when, what in calls if when == "init"] == ["allow"] * 3
+    whole, begun, resumed = (what["id"] for when, what in calls if when == "init")
+    assert begun == resumed != whole
+    assert re.fullmatch(r"[0-9a-f]{16}", whole)
+    calls = calls[: calls.index(("finish", None)) + 1]
     assert calls[0][1]["name"] == "toy"
     assert calls[0][1]["config"]["run"]["steps"] == 12
     assert ("6", {"preview": (4, 4)}) in calls
     assert sum("loss" in (values or {}) for step, values in calls if step.isdigit()) == 12
     assert calls[-1] == ("finish", None)
+
+
+class Deaf:
+    """A tracker whose disk is full."""
+
+    def __init__(self, folder: Path, settings: Any) -> None:
+        self.calls: list[str] = []
+        HEARD.append(self.calls)
+
+    def figures(self, *_: Any) -> None:
+        self._refuse("figures")
+
+    def picture(self, *_: Any) -> None:
+        self._refuse("picture")
+
+    def close(self) -> None:
+        self._refuse("close")
+
+    def _refuse(self, what: str) -> None:
+        self.calls.append(what)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+HEARD: list[list[str]] = []
+
+
+def test_a_tracker_that_fails_costs_one_warning_and_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(TRACKERS, "wandb", Deaf)
+    HEARD.clear()
+    assert run(tmp_path, report=("wandb",)).step == 12
+    (calls,) = HEARD
+    assert [calls.count(what) for what in ("figures", "picture", "close")] == [13, 3, 1]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == ["wandb misses a part of the log ([Errno 28] No space left on device); the training goes on"]
+
+
+def test_a_tracker_that_cannot_be_opened_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", "runs/events")
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", refuse)
+    assert run(tmp_path, report=("tensorboard",)).step == 12
+    assert "tensorboard is told nothing of this run (runs/events: Read-only file system)" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])

@@ -5,7 +5,7 @@ The weights matter, not the log: a disk that refuses costs a line, and a message
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from sana.checkpoints.storage import publish
 from sana.training.curve import append_line, draw_curve
 from sana.training.report import write_report
-from sana.training.trackers import TRACKERS
+from sana.training.trackers import TRACKERS, Tracker
 
 PREVIEWS = "previews"
 _log = logging.getLogger(__name__)
@@ -29,7 +29,11 @@ class Records:
         Errors: MissingDependency when the library of one is not installed.
         """
         self.folder, self.tables = folder, tables
-        self.trackers = [TRACKERS[name](folder, tables) for name in tables["run"]["report"]]
+        self.trackers: dict[str, Tracker] = {}
+        self._failing = set[str]()
+        for name in tables["run"]["report"]:
+            with self._surviving(f"{name} is told nothing of this run"):
+                self.trackers[name] = TRACKERS[name](folder, tables)
 
     def keep_preview(self, step: int, picture: Image.Image) -> None:
         """Keep a picture of how far the run is."""
@@ -37,8 +41,7 @@ class Records:
         with self._surviving(f"the preview of step {step} is not kept"):
             target.parent.mkdir(exist_ok=True)
             publish(target, lambda beside: picture.save(beside, "PNG"))
-        for tracker in self.trackers:
-            tracker.picture(step, picture)
+        self._tell(lambda tracker: tracker.picture(step, picture))
 
     def write(self, line: Mapping[str, Any], best: Mapping[str, Any]) -> None:
         """Add a line to the log; one with held-out figures also renews curve and report."""
@@ -52,21 +55,29 @@ class Records:
         flat = {**line, **line.get("held_out", {})}
         numbers = {name: float(value) for name, value in flat.items() if isinstance(value, float | int)}
         numbers.pop("step")
-        for tracker in self.trackers:
-            tracker.figures(line["step"], numbers)
+        self._tell(lambda tracker: tracker.figures(line["step"], numbers))
 
     def close(self, best: Mapping[str, Any]) -> None:
         """Bring the report up to date and let the trackers finish."""
         if (self.folder / "metrics.jsonl").is_file():
             with self._surviving("the report is not renewed"):
                 write_report(self.folder, self.tables, best)
-        for tracker in self.trackers:
-            tracker.close()
-        self.trackers = []
+        self._tell(lambda tracker: tracker.close())
+        self.trackers = {}
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """Tell all trackers something; of one that cannot hear it the first failure is mentioned."""
+        for name, tracker in self.trackers.items():
+            try:
+                what(tracker)
+            except OSError as error:
+                if name not in self._failing:
+                    _log.warning("%s misses a part of the log (%s); the training goes on", name, error)
+                self._failing.add(name)
 
     @contextlib.contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            _log.warning("%s (%s: %s)", what, error.filename, error.strerror)
+            _log.warning("%s (%s)", what, f"{error.filename}: {error.strerror}" if error.filename else error)

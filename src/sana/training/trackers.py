@@ -1,5 +1,6 @@
 """The log, sent elsewhere too: TensorBoard and Weights & Biases."""
 
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,7 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from sana.checkpoints.storage import publish
 from sana.errors import MissingDependency
+
+WANDB_ID = "wandb-id"
+"""File in the folder of a run with the id of its run at Weights & Biases."""
 
 
 class Tracker(Protocol):
@@ -58,9 +63,9 @@ class WeightsAndBiases:
     """A run of the project `sanakit`; the library's own settings say where it goes, and whether at all."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Open the run, which a resumed training continues.
+        """Open the run, which a resumed training in the same folder continues.
 
-        Errors: MissingDependency naming the extra.
+        Errors: MissingDependency naming the extra; OSError when the run's id cannot be kept.
         """
         try:
             import wandb
@@ -68,7 +73,13 @@ class WeightsAndBiases:
             raise _missing("wandb") from error
         self._library: Any = wandb
         self._run = wandb.init(
-            project="sanakit", name=folder.name, dir=str(folder), config=dict(settings), resume="allow"
+            project="sanakit",
+            name=folder.name,
+            id=_kept_id(folder / WANDB_ID),
+            dir=str(folder),
+            config=dict(settings),
+            resume="allow",
+            allow_val_change=True,  # a run may go on with other settings
         )
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
@@ -82,6 +93,16 @@ class WeightsAndBiases:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _kept_id(file: Path) -> str:
+    """Return the id in a file, or a new one that is then kept there."""
+    known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    if known:
+        return known
+    made = secrets.token_hex(8)
+    publish(file, lambda beside: beside.write_text(made, encoding="utf-8"))
+    return made
 
 
 def _missing(name: str) -> MissingDependency:
