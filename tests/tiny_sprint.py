@@ -42,6 +42,7 @@ class FakeOrigin:
 
     def __init__(self, *_: Any) -> None:
         self.batches, self.shift = FakeBatches(), 3.0
+        self.content: dict[str, Any] = {}
         self.start = self
 
     def transformer(self, *_: Any) -> LinearDiT:

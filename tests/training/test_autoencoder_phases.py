@@ -212,6 +212,8 @@ def test_the_size_of_the_latents_hardly_changes_with_that_of_the_pictures_after_
 
 def test_pictures_of_the_disk_are_cropped_by_draw_and_some_are_held_out(pictures: Path) -> None:
     source = DatasetPictures(pictures, seed=0, size=128, batch_size=4)
+    assert source.content.samples == len(source.source)
+    assert source.content == DatasetPictures(pictures, seed=1, size=64, batch_size=2).content
     one, again = (source.batch(random.Random(5), 5, 4) for _ in range(2))
     assert torch.equal(one.pixels, again.pixels)
     assert one.pixels.shape == (4, 3, 128, 128)

@@ -1,5 +1,6 @@
 """Pictures with captions as the trainer sees them: order, cuts, captions, what is broken and what is too small."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,31 @@ def open_batches(path: Path, **changes: Any) -> DatasetBatches:
     options |= {key: changes.pop(key) for key in tuple(changes) if key in options}
     encoders: Any = Blocks()
     return DatasetBatches(DataSettings(path=str(path), **changes), encoders, **options, control=control)
+
+
+def test_the_content_tells_pictures_captions_and_what_is_usable_but_no_settings(folder: Path) -> None:
+    first = open_batches(folder).content
+    assert first.samples == 12
+    assert open_batches(folder, side=256, batch_size=3, seed=1).content == first
+    shutil.copytree(folder, folder.parent / "copy")
+    assert open_batches(folder.parent / "copy").content == first
+    found = [first.digest]
+    (folder / "p03.txt").write_text("another text", encoding="utf-8")
+    found.append(open_batches(folder).content.digest)
+    save(folder, "p03", (512, 512), "another text", shade=99)
+    found.append(open_batches(folder).content.digest)
+    assert open_batches(folder).content.samples == 12
+    (folder / "p04.png").unlink()
+    (folder / "p04.txt").unlink()
+    found.append(open_batches(folder).content.digest)
+    assert open_batches(folder).content.samples == 11
+    for number in range(100, 200):  # one broken one in so many is put up with
+        save(folder, f"p{number}", (512, 512), "more")
+    known = open_batches(folder).content
+    (folder / "p150.png").write_bytes(b"no picture")
+    broken = open_batches(folder).content
+    assert (known.samples, broken.samples) == (111, 110)
+    assert len({*found, known.digest, broken.digest}) == 6
 
 
 def draw(batches: Any, number: int) -> Any:

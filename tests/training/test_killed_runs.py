@@ -19,6 +19,7 @@ from test_loop import Regression, run, settings, weights
 from torch import Tensor, nn
 
 from sana.checkpoints import tensors as tensors_module
+from sana.data.identity import Content
 from sana.errors import InvalidInput, NonFinite, NotWritten
 from sana.training import folders, loop
 from sana.training.config import OptimizerSettings, RunSettings
@@ -234,6 +235,32 @@ def test_differences_are_told_and_those_of_a_model_or_of_averaging_are_refused(
         "flow.new": (None, 1),
         "flow.shift": (3.0, None),
     }
+
+
+def with_data(folder: Path, stop: int, **content: Content) -> None:
+    objective = Regression()
+    objective.data = content
+    trainer = Trainer(objective, settings(), FAST, folder)
+    for step in trainer.steps():
+        if step.step == stop:
+            break
+
+
+def test_a_run_that_goes_on_with_other_data_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    twelve, others = (Content(samples=12, digest=digest) for digest in "ab")
+    eleven = Content(samples=11, digest="c")
+    told = f"'{tmp_path}' goes on with other data than before: "
+    with_data(tmp_path, 3, data=twelve)
+    with_data(tmp_path, 4, data=twelve)
+    assert told not in caplog.text
+    with_data(tmp_path, 5, data=eleven, prior=twelve)
+    assert f"{told}regression.data 12 -> 11 samples; from here on their order is another" in caplog.text
+    caplog.clear()
+    with_data(tmp_path, 6, data=eleven, prior=others)
+    assert f"{told}regression.prior 12 -> 12 samples of other content; from here on" in caplog.text
+    caplog.clear()
+    with_data(tmp_path, 7, data=eleven, prior=others)
+    assert told not in caplog.text
 
 
 # --- stops, refusals, the best ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sana.data.identity import Content
 from sana.errors import InvalidInput, NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.curve import draw_curve, read_series
@@ -30,6 +31,7 @@ class Regression:
         torch.manual_seed(0)
         self.module: nn.Module = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32))
         self.poisoned = poisoned
+        self.data: dict[str, Content] = {}
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         return trainable(self.module)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from clock import wall_seconds
 from sana.checkpoints import tensors as tensors_module
 from sana.checkpoints.storage import SAVED, STAGE
+from sana.data.identity import Content
 from sana.errors import CheckpointError, InvalidInput
 from sana.training import state as module
 from sana.training.config import OptimizerSettings, RunSettings
@@ -220,6 +221,7 @@ class Line:
 
     def __init__(self, width: int = 3) -> None:
         self.module: torch.nn.Module = torch.nn.Linear(width, 1)
+        self.data: dict[str, Content] = {}
 
     def parameters_of(self, turn: str) -> list[tuple[str, torch.nn.Parameter]]:
         return trainable(self.module)

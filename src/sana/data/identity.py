@@ -3,12 +3,21 @@
 import hashlib
 import io
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from sana.data.samples import BadSample
 
 ENDS = 4096
 """Bytes of a picture's beginning and end that go into the identity: compressed pixels change the end of a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What tells the samples that are trained on from any others."""
+
+    samples: int
+    digest: str
 
 
 def identity_of(

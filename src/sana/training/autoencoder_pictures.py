@@ -17,6 +17,7 @@ from torch import Tensor
 from sana.data import cutouts
 from sana.data.buckets import cut
 from sana.data.cutout_shapes import KINDS
+from sana.data.identity import Content
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
 from sana.data.samples import Source
@@ -127,6 +128,11 @@ class DatasetPictures:
         self._held, self._trained = sorted(chosen[: self.held]), sorted(chosen[self.held :])
         size_of_batch = min(batch_size, len(self._trained))
         self._order = BucketedOrder([0] * len(self._trained), size_of_batch, seed, leftovers="drop")
+
+    @property
+    def content(self) -> Content:
+        """What tells these pictures from others."""
+        return Content(samples=len(self.source), digest=self.source.identity(captions=False))
 
     def batch(self, rng: random.Random, draw: int, count: int) -> Pictures:
         """Crop the pictures of a draw; where the data set is smaller than a batch, some come twice."""

@@ -6,6 +6,7 @@ the same on any number of processes, and after a resume.
 Shapes: see `batches`.
 """
 
+import functools
 import hashlib
 import logging
 import random
@@ -20,6 +21,7 @@ from torch import Tensor, distributed
 from sana.data.buckets import bucket_for, cut, enlargement
 from sana.data.captions import choose, is_wanted, triggered
 from sana.data.examine import check_share
+from sana.data.identity import Content
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
 from sana.data.samples import BadSample, Dataset, Finding, Sample
@@ -74,6 +76,7 @@ class DatasetBatches:
         self.source: Dataset = open_source(settings.path, prompt=settings.caption)
         self.choice = settings.choice(dropout)
         self._bad: list[Finding] = []
+        self._mapped = ""
         self.samples = self._usable()
         self.buckets = {i: self._bucket(sample) for i, sample in self.samples.items()}
         self._apart = self._kept_apart()
@@ -84,6 +87,14 @@ class DatasetBatches:
         self.null: Tensor = torch.zeros(0, 0)  # until `ready`
         if prepare:
             self.ready()
+
+    @functools.cached_property
+    def content(self) -> Content:
+        """What tells the usable samples from others: their pictures, captions, repeats and control pictures."""
+        digest = hashlib.sha256(f"{self.source.identity(captions=False)}/{self._mapped}".encode())
+        for index, sample in self.samples.items():
+            digest.update(repr((index, sample.repeats, sample.captions)).encode("utf-8", "surrogatepass"))
+        return Content(samples=len(self.samples), digest=digest.hexdigest())
 
     def ready(self) -> None:
         """Compute the features that are missing from their folder, and encode the unconditional text.
@@ -248,7 +259,8 @@ class DatasetBatches:
             height, width = self.buckets[index]
             return cut(paired.picture(numbers[self.samples[index].key]), height, width, upscale=True)
 
-        return read, paired.identity(captions=False)
+        self._mapped = paired.identity(captions=False)
+        return read, self._mapped
 
 
 class PriorBatches:

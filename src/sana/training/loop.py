@@ -19,7 +19,7 @@ import torch
 from sana.errors import InvalidInput, NonFinite, NotWritten
 from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.folders import Lock, check_changes
+from sana.training.folders import Lock, check_changes, check_data
 from sana.training.objectives.base import LookLeft, Objective
 from sana.training.players import Players, Tensors, check_players, use_checkpointing
 from sana.training.processes import Processes
@@ -87,6 +87,7 @@ class Trainer:
         self.samples = run.batch_size * self.draws_per_step
         self.players = Players(objective, run, optimizer, discriminator_optimizer, self.samples)
         self.average = self.players.average
+        self._data = {f"{objective.name}.{name}": asdict(content) for name, content in objective.data.items()}
         self.step, self.draws, self.refused = 0, 0, 0
         self._look_is_due = True
         self.best: dict[str, Any] = {}
@@ -126,6 +127,7 @@ class Trainer:
             "draws_per_step": self.draws_per_step,
             "best": self.best,
             "look_is_due": self._look_is_due,
+            "data": self._data,
             "settings": self._tables,
         }
 
@@ -136,6 +138,7 @@ class Trainer:
         facts, saved = self._facts(), state.facts
         if self.processes.is_first:
             check_changes(self.folder, saved.get("settings", {}), self._tables)
+            check_data(self.folder, saved.get("data", {}), self._data)
         for key in ("objective", "seed", "batch_size", "optimizer"):
             if saved.get(key) != facts[key]:
                 raise InvalidInput(

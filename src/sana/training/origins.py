@@ -5,6 +5,7 @@ An origin gives the batches, the noise shift, the encoders for previews, and wri
 
 import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import save_parts
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.data.identity import Content
 from sana.engine.model_card import CARD_KEY
 from sana.errors import InvalidInput
 from sana.flow.schedulers import DPMSolverMultistepScheduler
@@ -54,6 +56,11 @@ class Origin(Protocol):
     shift: float
     prompts: tuple[str, ...]
 
+    @property
+    def content(self) -> Mapping[str, Content]:
+        """What tells the data sets of the batches from others; nothing of the drawn world, which settings describe."""
+        ...
+
     def preview_batch(self) -> Batch | None:
         """The preview prompts with latents of the right shape (their values do not count), or None without prompts."""
         ...
@@ -87,6 +94,11 @@ class ScratchOrigin:
         )
         self.shift = settings.shift or 1.0
         self.prompts = settings.prompts or DRAWN_PROMPTS
+
+    @property
+    def content(self) -> Mapping[str, Content]:
+        """See `Origin`."""
+        return {}
 
     @functools.cached_property
     def _autoencoder(self) -> AutoencoderDC:
@@ -142,6 +154,13 @@ class ModelOrigin:
         self.batches: Batches = self._dataset() if settings.data else self._drawn()
         shown = self.batches.first_captions(4) if isinstance(self.batches, DatasetBatches) else DRAWN_PROMPTS
         self.prompts = settings.prompts or shown
+
+    @property
+    def content(self) -> Mapping[str, Content]:
+        """See `Origin`."""
+        if isinstance(self.batches, PriorBatches):
+            return {"data": self.batches.instance.content, "prior": self.batches.prior.content}
+        return {"data": self.batches.content} if isinstance(self.batches, DatasetBatches) else {}
 
     def _dataset(self) -> Batches:
         settings = self.settings

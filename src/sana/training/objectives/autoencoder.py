@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from sana.config import AutoencoderConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
+from sana.data.identity import Content
 from sana.models.dc_ae import DCAutoencoder
 from sana.models.patch_discriminator import PatchDiscriminator
 from sana.training.autoencoder_pictures import (
@@ -117,6 +118,11 @@ class AutoencoderObjective:
             if settings.data
             else DrawnPictures(run.seed, settings.size)
         )
+
+    @property
+    def data(self) -> Mapping[str, Content]:
+        """The pictures, where they are not drawn."""
+        return {"data": self.pictures.content} if isinstance(self.pictures, DatasetPictures) else {}
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """What the phase trains, or the discriminator."""

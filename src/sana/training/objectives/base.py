@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
+from sana.data.identity import Content
+
 MAIN = ("main",)
 """The turns of an objective with one player."""
 
@@ -35,6 +37,11 @@ class Objective(Protocol):
     """`MAIN`, or the names of the players that alternate: step k is turn k % len(turns)."""
     better: Literal["lower", "higher"]
     """Which way the watched figure should go."""
+
+    @property
+    def data(self) -> Mapping[str, Content]:
+        """What tells the data sets that it learns from from others, by name; the drawn world is in the settings."""
+        ...
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """What a turn optimises, under the names of `module.named_parameters()`; those of the first turn are averaged.

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from sana.config import TransformerConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
+from sana.data.identity import Content
 from sana.errors import InvalidInput
 from sana.flow.density import NoiseLevels, loss_weights, sample_levels, sample_sigmas
 from sana.models.linear_dit import LinearDiT
@@ -100,6 +101,11 @@ class FlowMatchingObjective:
 
     def _keep_middle(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._middle = output
+
+    @property
+    def data(self) -> Mapping[str, Content]:
+        """The pictures, and those of the prior."""
+        return self.origin.content
 
     def parameters_of(self, turn: str) -> Sequence[tuple[str, nn.Parameter]]:
         """Everything that learns."""

@@ -25,6 +25,7 @@ from sana.checkpoints.text_parts import no_progress_bars
 from sana.data import cutouts
 from sana.data.cutout_captions import Caption, caption
 from sana.data.cutout_shapes import KINDS
+from sana.data.identity import Content
 from sana.errors import InvalidInput
 from sana.text.gemma import with_cache
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION, join_instruction
@@ -240,6 +241,11 @@ class LanguageModelObjective:
         phrases = self.module.phrase_head(hidden[texts.phrase_rows, texts.phrase_positions])
         last = texts.mask.sum(1) - 1
         return logits, phrases, self.module.scene_head(hidden[torch.arange(len(last), device=last.device), last])
+
+    @property
+    def data(self) -> Mapping[str, Content]:
+        """None beside the drawn world."""
+        return {}
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """All that is not frozen."""

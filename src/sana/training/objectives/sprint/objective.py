@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
+from sana.data.identity import Content
 from sana.nn.placement import placed_like
 from sana.training import exports
 from sana.training.config import RunSettings, named
@@ -97,6 +98,11 @@ class SprintObjective:
         if not self.two_sided:
             self.turns = ("generator",)
         self.watch = Watch(self.origin, self.teacher, self.network, settings.guidance)
+
+    @property
+    def data(self) -> Mapping[str, Content]:
+        """The pictures."""
+        return self.origin.content
 
     def parameters_of(self, turn: str) -> Iterable[tuple[str, nn.Parameter]]:
         """The student and its log-variance, or the heads and the critic: those of the losses that there are."""
