@@ -1,9 +1,12 @@
 """`sana train` and `sana evaluate`."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from command import Sana
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.output import Terminal
 from sana.apps.cli.verbs.train import plan, split_overrides, stop_requests
+from sana.checkpoints import tensors
 from sana.errors import InvalidInput
-from sana.training.loop import TrainStep
+from sana.training.loop import Trainer, TrainStep
+from sana.training.objectives import autoencoder
 
 RECIPE = 'objective = "autoencoder"\n[run]\nsteps = 4\nbatch_size = 2\n'
 SMALL = """
@@ -255,6 +260,90 @@ def test_a_real_recipe_end_to_end(sana: Sana) -> None:
     stage = json.loads(said.out)["stages"][0]
     assert AutoencoderDC.from_pretrained(stage["export"]).config.latent_channels == 8
     assert "held out:" in said.err
+
+
+def test_a_run_whose_end_cannot_be_noted_is_finished_by_the_next_call(
+    sana: Sana, trainers: list[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = write("recipes/toy/a.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr("sana.checkpoints.storage.os.replace", refuse)
+        said = sana("train", path)
+    assert (said.code, said.out) == (1, "")
+    assert said.err.splitlines()[-1] == (
+        "sana: a is exported, but runs/toy/a/finished.json could not be written (Input/output error). Make room, and "
+        "run it again to finish it."
+    )
+    assert sorted(os.listdir("runs/toy/a")) == ["export", "step"]
+    assert "going on at step 4 of 4" in sana("train", path).err
+    assert "a: finished before" in sana("train", path).err
+
+
+@pytest.mark.parametrize(
+    ("code", "stride"),
+    [(errno.ENOSPC, 13), *(pytest.param(code, 1, marks=pytest.mark.slow) for code in (errno.ENOSPC, errno.EIO))],
+)
+def test_a_disk_that_fails_at_the_k_th_write_of_the_export_stops_with_a_sentence_and_the_next_call_exports(
+    sana: Sana, monkeypatch: pytest.MonkeyPatch, code: int, stride: int
+) -> None:
+    monkeypatch.setattr(autoencoder, "SCALED_PICTURES", 2)
+    path, stage = write("recipes/toy/small.toml", SMALL), Path("runs/toy/small")
+    assert sana("train", path).code == 0
+    whole = {file.name: file.read_bytes() for file in (stage / "export").iterdir()}
+    saved = {file: file.read_bytes() for file in (stage / "states").rglob("*.*")}
+    calls, real_export, said = 0, Trainer.export, Counter[str]()
+
+    def ticking(real: Any, k: int) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == k:
+                raise OSError(code, os.strerror(code))
+            return real(*arguments, **options)
+
+        return wrapped
+
+    for k in range(1, 400, stride):
+        shutil.rmtree(stage / "export")
+        (stage / "finished.json").unlink()
+        calls = 0
+        with monkeypatch.context() as patch:
+
+            def export(trainer: Trainer, folder: Path, k: int = k, patch: pytest.MonkeyPatch = patch) -> None:
+                for owner, name in (
+                    (os, "fsync"), (os, "replace"), (os, "rename"), (os, "open"), (os, "mkdir"), (Path, "write_text"),
+                    (tensors, "write_all"), (tensors, "save_file"), (shutil, "rmtree"),
+                ):  # fmt: skip
+                    patch.setattr(owner, name, ticking(getattr(owner, name), k))
+                real_export(trainer, folder)
+
+            patch.setattr(Trainer, "export", export)
+            failed = sana("train", path)
+        if calls < k:
+            assert failed.code == 0
+            break
+        if failed.code:  # where what a save leaves cannot be removed, it goes on
+            last = failed.err.splitlines()[-1]
+            of_export = re.fullmatch(
+                rf"sana: The export of '{stage}' could not be written \(\S+: {os.strerror(code)}.*\)\. "
+                r"Step 2 is saved: make room, and run it again to export it\.", last
+            )  # fmt: skip
+            of_note = f"sana: small is exported, but {stage}/finished.json could not be written ({os.strerror(code)}). "
+            assert of_export or last == f"{of_note}Make room, and run it again to finish it.", (k, last)
+            said["export" if of_export else "note"] += 1
+            assert failed.code == 1
+            assert {file: file.read_bytes() for file in (stage / "states").rglob("*.*")} == saved
+        again = sana("train", path)
+        assert again.code == 0, again.err
+        assert {file.name: file.read_bytes() for file in (stage / "export").iterdir()} == whole
+        assert (stage / "finished.json").is_file()
+        assert not [file.name for file in stage.iterdir() if ".saving-" in file.name]
+    assert k < 399
+    assert said["export"] >= 2
+    assert stride > 1 or said["note"]
 
 
 def test_a_dry_run_tells_memory_and_time_and_trains_nothing(sana: Sana) -> None:

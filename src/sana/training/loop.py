@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from sana.errors import InvalidInput, NonFinite, NotWritten
+from sana.checkpoints.storage import naming_foreign
+from sana.errors import InvalidInput, NonFinite, NotWritten, SanaError
 from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.folders import Lock, check_changes, check_data
@@ -360,7 +361,10 @@ class Trainer:
             self._records.write(line, self.best)
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights, of the last step or of the best one, through the objective."""
+        """Write the averaged weights, of the last step or of the best one, through the objective.
+
+        Errors: NotWritten when the disk refuses; the states are as they were.
+        """
         objective, weights = self.objective, None
         if self.run.shard:
             with self.averaged():
@@ -372,8 +376,15 @@ class Trainer:
         if self.run.shard:
             assert self._rebuild is not None
             objective = self._rebuild()
-        with self.averaged() if weights is None else _holding(objective, weights):
-            objective.export(folder)
+        try:
+            with self.averaged() if weights is None else _holding(objective, weights), naming_foreign(folder):
+                objective.export(folder)
+        except OSError as error:
+            if isinstance(error, SanaError):
+                raise
+            where = f"{error.filename or folder}: {error.strerror or error}"
+            text = f"The export of '{self.folder}' could not be written ({where}). Step {self.step} is saved"
+            raise NotWritten(f"{text}: make room, and run it again to export it.") from error
 
 
 @contextlib.contextmanager

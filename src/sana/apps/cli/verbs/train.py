@@ -19,7 +19,7 @@ from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.demo import demo, next_steps
 from sana.apps.cli.names import tell_place
 from sana.apps.cli.output import Terminal, duration
-from sana.errors import InvalidInput
+from sana.errors import InvalidInput, NotWritten
 
 if TYPE_CHECKING:
     from sana.training.config import Recipe
@@ -227,6 +227,7 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
 
     Raises:
         KeyboardInterrupt: the user, or the system, asked to stop; the run is saved, and the text says how to go on.
+        NotWritten: the last state, the export or the note of its end could not be written.
     """
     from sana.training.start import start
 
@@ -240,12 +241,23 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
         raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)
     if trainer.is_first:
-        temporary = stage.folder / f".{FINISHED}"
-        temporary.write_text(json.dumps(stage.record(), indent=1), encoding="utf-8")
-        temporary.replace(stage.folder / FINISHED)
+        _note_finished(stage)
     if asked:
         raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
     return trainer.is_first
+
+
+def _note_finished(stage: Stage) -> None:
+    from sana.checkpoints.storage import publish
+
+    text = json.dumps(stage.record(), indent=1)
+    try:
+        publish(stage.folder / FINISHED, lambda beside: beside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise NotWritten(
+            f"{stage.name} is exported, but {error.filename} could not be written ({error.strerror}). Make room, and "
+            "run it again to finish it."
+        ) from error
 
 
 def _stop(asked: int | None) -> type[KeyboardInterrupt]:
