@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_objectives import AUTOENCODER, CPU, run
 
+from look_checks import Checks
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.errors import InvalidInput
 from sana.models.dc_ae import DCAutoencoder
@@ -21,6 +22,7 @@ from sana.training.autoencoder_pictures import DatasetPictures, DrawnPictures, c
 from sana.training.config import OptimizerSettings
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import TRAINED, AutoencoderObjective, AutoencoderSettings
+from sana.training.objectives.base import LookLeft
 from sana.training.reconstruction import psnr, squared_error
 
 NANO = Path(__file__).parents[2] / "src" / "sana" / "assets" / "nano" / "vae"
@@ -144,7 +146,12 @@ def test_channels_are_dropped_from_the_end_by_one_draw_a_step() -> None:
     seen = [int(objective._kept(random.Random(draw)).sum()) for draw in range(60)]  # type: ignore[union-attr]
     assert set(seen) == {2, 4, 8}
     with torch.no_grad():
-        figures = objective.evaluate()
+        figures = objective.evaluate(checks := Checks(leave_at=99))
+    assert checks.calls == 64 // run().batch_size
+    with torch.no_grad(), pytest.raises(LookLeft):
+        objective.evaluate(Checks(leave_at=2))
+    with torch.no_grad(), pytest.raises(LookLeft):
+        objective.preview(Checks(leave_at=1))
     assert [name for name in figures if name.startswith("psnr_")] == ["psnr_shaken", "psnr_2", "psnr_4", "psnr_8"]
     assert figures["psnr_8"] == figures["psnr"] != figures["psnr_2"]
     whole = objective.pictures.held_out(0, 64)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from look_checks import Checks
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.hub import locate
@@ -24,6 +25,7 @@ from sana.flow.density import loss_weights
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.features import scene_of
 from sana.training.loop import Trainer
+from sana.training.objectives.base import LookLeft
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.players import use_checkpointing
@@ -179,8 +181,19 @@ def test_figures_look_at_fixed_levels(pictures: Path) -> None:
     one.module.eval()
     first = one.evaluate()
     assert set(first) == {"matched", "gap"}
-    assert first == one.evaluate()
+    checks = Checks(leave_at=99)
+    assert first == one.evaluate(checks)
+    assert checks.calls == len(list(one.origin.batches.held_out()))
     assert one.better == "lower"
+
+
+@pytest.mark.parametrize("at", [1, 7, 21])
+def test_a_preview_is_left_between_two_steps_and_before_it_is_decoded(pictures: Path, at: int) -> None:
+    one, checks = objective(pictures), Checks(leave_at=at)
+    one.module.eval()
+    with pytest.raises(LookLeft):
+        one.preview(checks)
+    assert checks.calls == at
 
 
 def test_a_fresh_transformer_keeps_the_encoders_and_predicts_nothing_at_first(pictures: Path) -> None:

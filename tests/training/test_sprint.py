@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from look_checks import Checks
 from sana.errors import InvalidInput
 from sana.flow.schedules import MAX_ANGLE
 from sana.models.discriminator import DiscriminatorHeads, LocalBatchNorm
 from sana.models.linear_dit import LinearDiT
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
+from sana.training.objectives.base import LookLeft
 from sana.training.objectives.sprint import losses
 from sana.training.objectives.sprint.adversarial import generator_loss, gradient_penalty, hinge_loss
 from sana.training.objectives.sprint.consistency import tangent
@@ -198,6 +200,18 @@ def test_a_model_that_cannot_teach_is_refused(changes: dict[str, Any], message: 
 def test_wrong_settings_are_one_clear_sentence(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         dataclasses.replace(SETTINGS, **changes)
+
+
+def test_a_look_is_left_between_the_steps_of_teacher_and_student(tiny_teacher: LinearDiT) -> None:
+    one = SprintObjective(SETTINGS, RUN, CPU)
+    for at in (1, 20, 21):  # the teacher's twenty steps, then the student's one
+        with pytest.raises(LookLeft):
+            one.evaluate(checks := Checks(leave_at=at))
+        assert checks.calls == at
+    for at in (1, 3, 4):  # one step, two steps, and before the pictures are decoded
+        with pytest.raises(LookLeft):
+            one.preview(checks := Checks(leave_at=at))
+        assert checks.calls == at
 
 
 def test_compiled_blocks_are_refused(tiny_teacher: LinearDiT) -> None:

@@ -22,7 +22,7 @@ from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.folders import Lock, check_changes, check_data
 from sana.training.objectives.base import LookLeft, Objective
-from sana.training.players import Players, Tensors, check_players, use_checkpointing
+from sana.training.players import Players, check_players, holding, use_checkpointing
 from sana.training.processes import Processes
 from sana.training.records import Records
 from sana.training.state import State, load_best, load_state, save_best, save_state
@@ -377,7 +377,7 @@ class Trainer:
             assert self._rebuild is not None
             objective = self._rebuild()
         try:
-            with self.averaged() if weights is None else _holding(objective, weights), naming_foreign(folder):
+            with self.averaged() if weights is None else holding(objective.module, weights), naming_foreign(folder):
                 objective.export(folder)
         except OSError as error:
             if isinstance(error, SanaError):
@@ -385,17 +385,3 @@ class Trainer:
             where = f"{error.filename or folder}: {error.strerror or error}"
             text = f"The export of '{self.folder}' could not be written ({where}). Step {self.step} is saved"
             raise NotWritten(f"{text}: make room, and run it again to export it.") from error
-
-
-@contextlib.contextmanager
-def _holding(objective: Objective, weights: Tensors) -> Iterator[None]:
-    """Other weights in an objective's module for the length of a `with` block."""
-    module = objective.module
-    kept = {name: tensor.clone() for name, tensor in module.state_dict().items() if name in weights}
-    module.load_state_dict(weights, strict=False)
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.load_state_dict(kept, strict=False)

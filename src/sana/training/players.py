@@ -1,6 +1,7 @@
 """What is trained: the parameters of each turn, their optimisers and their average, and all of it as tensors."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -96,6 +97,19 @@ class Players:
 
     def _part(self, turn: str) -> str:
         return "optimizer" if turn == self.turns[0] else f"optimizer-{turn}"
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, weights: Tensors) -> Iterator[None]:
+    """Other weights in a module for the length of a `with` block."""
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items() if name in weights}
+    module.load_state_dict(weights, strict=False)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.load_state_dict(kept, strict=False)
 
 
 def check_players(
