@@ -15,7 +15,12 @@ from sana.engine.model_card import fitting
 from sana.engine.parts import Parts, load, recommended_dtypes
 from sana.engine.placement import pick_device
 from sana.errors import InvalidInput
+from sana.flow.schedulers import DPMSolverMultistepScheduler
 from tiny_model import tiny_transformer
+
+
+def test_a_scheduler_that_tells_its_shift_is_asked_for_it_where_nothing_else_is_there() -> None:
+    assert Parts(scheduler=DPMSolverMultistepScheduler(flow_shift=2.0), name="mine").flow_shift == 2.0
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -161,7 +161,8 @@ class Parts:
     def flow_shift(self) -> float:
         """The shift of the sigma grid, as the scheduler's configuration holds it."""
         config = getattr(self.scheduler, "config", {})
-        return float(config.get("flow_shift", config.get("shift", self.effective_card.flow_shift)))
+        told = config.get("flow_shift", config.get("shift"))
+        return float(self.effective_card.flow_shift if told is None else told)
 
     @property
     def effective_card(self) -> Card:
