@@ -15,6 +15,7 @@ from sana.training.objectives.base import Objective
 from sana.training.optimizers import is_matrix
 from sana.training.players import check_players, let_learn
 from sana.training.processes import Processes
+from sana.training.sharding import blocks_of
 
 SMALLEST_8BIT = 4096
 """Tensors with fewer numbers are kept whole by the 8-bit optimiser."""
@@ -105,12 +106,12 @@ def counted(
         for p in mine.values():
             p.grad = None
     gradients, activations = max(needs, key=sum)
-    # Copies average their gradients out of buckets, which are as large; pieces put whole blocks together at times.
+    # Copies average their gradients out of buckets, which are as large; pieces are put together at times.
     buckets = gradients if world > 1 and not run.shard else 0
-    gathered = GATHERED * _largest_block(objective.module) if run.shard else 0
+    gathered = _gathered(objective) if run.shard else 0
     return Estimate(
         weights=_piece(bytes_of([*objective.module.parameters(), *objective.module.buffers()]), share),
-        frozen=bytes_of(frozen),
+        frozen=_piece(bytes_of(frozen), share),
         gradients=_piece(gradients, share) + buckets,
         optimizer=_piece(sum(state_bytes(settings[turn].name, mine) for turn, mine in owned.items()), share),
         average=_piece(4 * sum(p.numel() for p in owned[first].values()), share) if run.ema else 0,
@@ -141,9 +142,14 @@ def _outside(objective: Objective) -> list[Tensor]:
     return [tensor for key, tensor in found.items() if key not in inside]
 
 
-def _largest_block(module: nn.Module) -> int:
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return max((bytes_of(block.parameters()) for blocks in lists for block in blocks), default=0)
+def _gathered(objective: Objective) -> int:
+    """Return the bytes of what split weights are put together to: a block at a time, and all that is in no block."""
+    parts: tuple[nn.Module, ...] = (objective.module, *getattr(objective, "frozen", ()))
+    units = [list(block.parameters()) for part in parts for block in blocks_of(part)]
+    inside = {id(p) for unit in units for p in unit}
+    others = [p for part in parts for p in part.parameters() if id(p) not in inside]
+    learning = [p for p in others if p.requires_grad]
+    return GATHERED * max(map(bytes_of, units), default=0) + bytes_of(others) + bytes_of(learning)
 
 
 def _piece(size: int, share: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sana.errors import InvalidInput, ProcessLost
 from sana.training.config import RunSettings
@@ -61,7 +62,7 @@ class Processes:
     """What the trainer asks of all processes at once; alone, it is all done at once."""
 
     def __init__(self, objective: Objective, run: RunSettings, device: torch.device) -> None:
-        """Meet the others, and split the objective's weights between them where the settings say so.
+        """Meet the others, and split the objective's weights, frozen ones too, between them where the settings say so.
 
         Errors: InvalidInput when there is nobody to split them with.
         """
@@ -73,10 +74,21 @@ class Processes:
         self._copies: dict[str, nn.Module] = {}
         check_shard(run, self.world)
         if run.shard:
+            # Keys and values are views, which nothing changes in place.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPCrossAttention\) returned a view")
+            for number, part in enumerate(getattr(objective, "frozen", ())):
+                self._call.add_module(f"frozen{number}", part)
             shard(self._call, device, self.world)
 
     def prepare(self, turn: str) -> None:
         """Let the gradients of a turn, whose parameters alone require them now, be averaged over the processes."""
+        if self.run.shard and len(self._objective.turns) > 1:
+            # Put together, a weight learns from then on whether it requires gradients: inside of a derivative in
+            # forward mode, where the turn may begin, it must not.
+            for part in self._call.modules():
+                if isinstance(part, FSDPModule):
+                    part.unshard()
+                    part.reshard()
         if self.world > 1 and not self.run.shard and turn not in self._copies:
             # Axes of length 1 have no one stride; that is all that differs in the weights of a depthwise convolution.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -103,9 +115,8 @@ class Processes:
         """Drop the whole weights that split ones were put together to for a look."""
         if self.run.shard:
             for part in self._call.modules():
-                reshard = getattr(part, "reshard", None)
-                if reshard is not None:
-                    reshard()
+                if isinstance(part, FSDPModule):
+                    part.reshard()
 
     def total(self, *numbers: float) -> list[float]:
         """Sum numbers over the processes; all hear the same."""

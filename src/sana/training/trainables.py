@@ -110,13 +110,20 @@ class LoraTrainable:
         self.module = nn.Module()
         for name, update in self.updates.items():
             for kind, tensor in update.tensors.items():
-                self.module.register_parameter(f"{name}.{kind}".replace(".", "/"), tensor)  # type: ignore[arg-type]
+                self.module.register_parameter(_flat(name, kind), tensor)  # type: ignore[arg-type]
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
+        self._hold()
         with computing(self.transformer):
             out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
+
+    def _hold(self) -> None:
+        """Let the adapters read what the module holds: where it is split over processes, that is other tensors."""
+        for name, update in self.updates.items():
+            for kind in update.tensors:
+                setattr(update, kind, self.module._parameters[_flat(name, kind)])
 
     @contextlib.contextmanager
     def absent(self) -> Iterator[None]:
@@ -126,6 +133,11 @@ class LoraTrainable:
             yield
         finally:
             attach(self.transformer, {name: [(update, 1.0)] for name, update in self.updates.items()})
+
+
+def _flat(layer: str, kind: str) -> str:
+    """Return the name of an adapter's tensor as a parameter, which must not have dots."""
+    return f"{layer}.{kind}".replace(".", "/")
 
 
 def chosen_layers(transformer: nn.Module, endings: tuple[str, ...]) -> dict[str, Target]:
