@@ -1,6 +1,8 @@
 """What published sizes will need, told from their configurations: held against models with weights."""
 
 import json
+import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from test_needs import bare_memory, measured, memory
 
+from sana.apps.cli.verbs.train import split_overrides
 from sana.card import AUTOENCODER_PARAMS, TEXT_ENCODER_PARAMS
 from sana.cards import CARDS
 from sana.errors import InvalidInput
@@ -148,10 +151,43 @@ def test_processes_split_what_is_split_and_copies_have_buckets() -> None:
     for kind in ("weights", "gradients", "optimizer", "average"):
         assert getattr(split, kind) == -(-getattr(one, kind) // 4)
     assert split.activations > one.activations
+    adapter = {"optimizer.name": "adamw", "flow_matching.base_dtype": "bfloat16"}
+    base, quarter = (
+        rehearsed(on_nano("lora", **adapter, **{"run.shard": shard}), world=4).frozen for shard in ("false", "true")
+    )
+    assert quarter == -(-base // 4)
     with pytest.raises(InvalidInput, match="over several processes, but there is one"):
         rehearsed(on_nano("finetune", **{"run.shard": "true"}))
     with pytest.raises(InvalidInput, match=r"run.shard needs optimizer.name = 'adamw'; came reads"):
         rehearsed(on_nano("finetune", **{"run.shard": "true"}), world=2)
+
+
+def documented(kind: str) -> dict[str, str]:
+    """What docs/training.md lays over a recipe on several nodes."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^torchrun --nnodes .+ -m sana\.apps\.cli train RECIPE\.toml (.+)$", text, re.MULTILINE)
+    (second,) = re.findall(r"has a second optimiser: there, add `(.+?)`", text)
+    rest, overrides = split_overrides(shlex.split(f"{line} {second}" if kind == "sprint" else line))
+    assert not rest
+    return overrides
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_documented_command_line_gives_every_recipe_an_optimiser_that_goes_with_split_weights(path: Path) -> None:
+    recipe = load_recipe(path, documented(path.stem))
+    settings_of(recipe)
+    assert recipe.run.shard
+    assert {one.name for one in (recipe.optimizer, recipe.discriminator_optimizer) if one is not None} == {"adamw"}
+
+
+@pytest.mark.parametrize("kind", ["finetune", "lora", "controlnet", "sprint"])
+def test_recipes_split_by_the_documented_command_line_need_less_on_each_of_sixteen(kind: str) -> None:
+    with pytest.raises(InvalidInput, match=r"remove run\.shard"):
+        rehearsed(on_nano(kind, **{"run.shard": "true"}), world=16)
+    split = rehearsed(on_nano(kind, **documented(kind)), world=16)
+    whole = rehearsed(on_nano(kind, **documented(kind) | {"run.shard": "false"}), world=16)
+    assert split.weights + split.frozen < 0.07 * (whole.weights + whole.frozen)
+    assert split.optimizer < 0.07 * whole.optimizer
 
 
 def test_the_turn_that_needs_more_counts_and_the_states_of_both() -> None:

@@ -120,7 +120,10 @@ def check_players(
         raise InvalidInput(f"[discriminator_optimizer] has no effect on '{objective.name}', which has one player.")
     for table, settings in (("optimizer", optimizer), ("discriminator_optimizer", second)):
         if run.shard and settings is not None and settings.name != "adamw":
-            raise InvalidInput(f"run.shard needs {table}.name = 'adamw'; {settings.name} reads whole matrices.")
+            raise InvalidInput(
+                f"run.shard needs {table}.name = 'adamw'; {settings.name} reads whole matrices. Add"
+                f" --{table}.name adamw, or remove run.shard."
+            )
 
 
 def let_learn(module: nn.Module, chosen: Iterable[nn.Parameter]) -> None:
