@@ -121,15 +121,18 @@ def pair(place: Path) -> Path:
 
 def exported(folder: Path) -> dict[str, Tensor]:
     (file,) = [file for file in folder.rglob("*.safetensors") if "vae" not in str(file) and "text" not in str(file)]
-    return load_file(file)
+    found: dict[str, Tensor] = load_file(file)
+    return found
 
 
-def walk_as(found: Path, alone: Path) -> None:
+def walk_as(found: Path, alone: Path, but: tuple[str, ...] = ()) -> None:
     assert losses(found) == pytest.approx(losses(alone), abs=1e-5), found
     whole, split = state(alone), state(found)
     assert split.keys() == whole.keys()
     assert any(name.startswith("ema/") for name in whole)
     for key, tensor in whole.items():
+        if key.endswith(but):
+            continue
         torch.testing.assert_close(split[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{found.name} {key}")
 
 
@@ -172,4 +175,5 @@ def test_branches_checkpoints_heads_and_resumed_players_walk_as_one_too(place: P
         train(kind, place, tmp_path / kind, accumulate=2)
         walk_as(more / found, tmp_path / kind)
     # One process would not do: the heads' spectral norm goes a step further in each of its passes.
-    walk_as(more / "split", more / "copied")
+    # A norm takes these biases out again: their gradient is rounding, of which AdamW makes whole steps.
+    walk_as(more / "split", more / "copied", but=("point.bias", "around.bias"))

@@ -74,8 +74,8 @@ class Processes:
         self._copies: dict[str, nn.Module] = {}
         check_shard(run, self.world)
         if run.shard:
-            # Keys and values are views, which nothing changes in place.
-            warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPCrossAttention\) returned a view")
+            # Keys, values and logits are views, which nothing changes in place.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view")
             for number, part in enumerate(getattr(objective, "frozen", ())):
                 self._call.add_module(f"frozen{number}", part)
             shard(self._call, device, self.world)
