@@ -30,6 +30,7 @@ MAPS = (
 )
 DISTIL = f'objective = "sprint"\n{RUN}[sprint]\nteacher = "t"\nfeatures = "f"\n'
 DISTIL_DATA = f'objective = "sprint"\n{RUN}[sprint.data]\npath = "p"\n[sprint]\nteacher = "t"\n'
+DISTIL_FEATURES = f'objective = "sprint"\n{RUN}[sprint]\nteacher = "t"\n[sprint.data]\npath = "p"\nfeatures = "f"\n'
 LANGUAGE = f'objective = "language_model"\n{RUN}[language_model]\n'
 CODER = f'objective = "autoencoder"\n{RUN}[autoencoder]\n'
 REFINE = f'objective = "autoencoder"\n{RUN}[autoencoder]\nphase = "refine"\nstart = "a"\n'
@@ -58,6 +59,11 @@ def read(file: Path) -> None:
         (CODER, 'device = "cuda"\nthreads = 2', "run.threads has no effect on the device cuda."),
         (LANGUAGE, "compile = true", "run.compile has no effect on 'language_model'."),
         (LANGUAGE, "checkpointing = true", "run.checkpointing has no effect on 'language_model'."),
+        (LANGUAGE, "offload = true", "run.offload has no effect on 'language_model'."),
+        (CODER, "offload = true", "run.offload has no effect on 'autoencoder': nothing is encoded for it."),
+        (SCRATCH, "offload = true", "run.offload has no effect without flow_matching.start"),
+        (DATA + 'features = "f"\n', "offload = true", "run.offload has no effect beside flow_matching.data.features"),
+        (DISTIL_FEATURES, "offload = true", "run.offload has no effect beside sprint.data.features"),
         (REFINE, "compile = true", "run.compile cannot take the two gradients of the phase refine apart."),
         (DISTIL, "compile = true", "run.compile does not go with sprint"),
     ],

@@ -28,6 +28,9 @@ class Blocks:
         cells = np.asarray(picture, np.float32).reshape(height, 32, width, 32, 3).mean((1, 3))
         return torch.from_numpy(cells).permute(2, 0, 1).contiguous()
 
+    def rest(self) -> None:
+        """Nothing was brought."""
+
     def text(self, text: str) -> Tensor:
         return torch.tensor([[2.0], *([float(byte)] for byte in text.encode())])
 

@@ -16,12 +16,14 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.hub import locate
 from sana.data import cutouts
+from sana.engine import placement
 from sana.engine.generate import generate_images
 from sana.engine.model_card import CARD_KEY
 from sana.engine.parts import load
 from sana.engine.request import LoraRequest, Request
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow.density import loss_weights
+from sana.memory.offload import Shelf
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.features import scene_of
 from sana.training.loop import Trainer
@@ -144,12 +146,67 @@ def test_features_kept_in_files_give_the_losses_of_features_made_on_the_way(pict
     for number in range(4):
         assert torch.equal(stored.loss(number)[0], fresh.loss(number)[0])
     again = objective(pictures, data=data)
-    assert "autoencoder" not in again.origin.start.__dict__  # type: ignore[attr-defined]  # nothing had to be encoded
+    assert "_autoencoder" not in again.origin.start.__dict__  # type: ignore[attr-defined]  # nothing had to be encoded
     assert torch.equal(again.loss(2)[0], fresh.loss(2)[0])
     for file in (tmp_path / "features").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
         objective(pictures, data=data).loss(0)
+
+
+def weights_of(start: StartModel) -> dict[str, list[torch.Tensor]]:
+    return {
+        "autoencoder": list(start._autoencoder.parameters()),
+        "text encoder": list(start._prompts.text_encoder.parameters()),
+    }
+
+
+def test_encoders_that_come_and_go_change_no_bit(pictures: Path) -> None:
+    plain, spared = objective(pictures), objective(pictures, run(offload=True))
+    start: StartModel = spared.origin.start  # type: ignore[attr-defined]
+    there: list[tuple[str, ...]] = []
+
+    def watched(encode: Any) -> Any:
+        def encoded(what: Any) -> Any:
+            made = encode(what)
+            known = weights_of(start) if "_autoencoder" in start.__dict__ else {}
+            there.append(tuple(name for name, weights in known.items() if not any(p.is_meta for p in weights)))
+            return made
+
+        return encoded
+
+    encoders: Any = spared.origin.encoders  # type: ignore[attr-defined]
+    encoders.picture, encoders.text = watched(encoders.picture), watched(encoders.text)
+    for draw in range(3):
+        assert torch.equal(spared.loss(draw)[0], plain.loss(draw)[0])
+        assert all(p.is_meta for weights in weights_of(start).values() for p in weights)
+    assert {("autoencoder",), ("text encoder",)} == set(there)
+    shown, wanted = spared.origin.preview_batch(), plain.origin.preview_batch()
+    assert shown is not None
+    assert wanted is not None
+    assert torch.equal(shown.embeds, wanted.embeds)
+    assert torch.equal(spared.origin.decode(shown.latents[:1]), plain.origin.decode(wanted.latents[:1]))
+    assert all(p.is_meta for weights in weights_of(start).values() for p in weights)
+
+
+def test_away_from_an_accelerator_encoders_lie_in_main_memory_and_one_is_there_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Shelf, "_follow", lambda _: None)  # constants outside of the files cannot go to meta and back
+    start = StartModel("nano", torch.device("meta"), offload=True)  # stands for an accelerator: values there are lost
+    assert all(p.is_meta for p in start.autoencoder.parameters())
+    assert all(p.is_meta for p in start.prompts.text_encoder.parameters())
+    rested = weights_of(start)["autoencoder"]
+    for mine, known in zip(rested, StartModel("nano", CPU).autoencoder.parameters(), strict=True):
+        assert torch.equal(mine, known)
+    start.rest()
+    assert not any(p.is_meta for weights in weights_of(start).values() for p in weights)
+
+
+def test_encoders_that_cannot_go_are_refused(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "origin_of", lambda module: None)  # as of files that are no safetensors
+    with pytest.raises(InvalidInput, match=r"run\.offload has no effect on nano: on a CPU, weights are let go of"):
+        objective(pictures, run(offload=True)).loss(0)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,17 @@ def test_each_part_is_what_its_setting_makes_it() -> None:
     assert with_prior.activations > 1.7 * lora.activations
 
 
+def test_encoders_that_come_and_go_count_while_they_encode_and_no_longer() -> None:
+    kept = rehearsed(on_nano("lora", **{"flow_matching.data.features": ""}))
+    spared = rehearsed(on_nano("lora", **{"flow_matching.data.features": "", "run.offload": "true"}))
+    larger = max(2 * TEXT_ENCODER_PARAMS, 4 * AUTOENCODER_PARAMS)
+    assert (kept.encoding, spared.encoders) == (0, 0)
+    assert larger <= spared.encoding < kept.encoders
+    assert spared.previews >= larger
+    assert spared.total < kept.total
+    assert replace(spared, encoding=0, previews=kept.previews, encoders=kept.encoders) == kept
+
+
 def test_accumulated_gradients_are_there_while_the_next_micro_batch_runs() -> None:
     once, again = (rehearsed(on_nano("finetune", **{"run.accumulate": count})) for count in ("1", "4"))
     assert once.gradients == again.gradients

@@ -48,6 +48,8 @@ class RunSettings:
     accumulate: int = 1
     checkpointing: bool = False
     """Compute the inside of each block again on the way back instead of keeping it: less memory, a third slower."""
+    offload: bool = False
+    """Have autoencoder and text encoder on the device only while they encode, where no features are computed before."""
     shard: bool = False
     """Split weights, gradients and optimiser states over the processes (FSDP2) instead of copying them (DDP)."""
     timeout: float = 600.0

@@ -107,6 +107,7 @@ class DatasetBatches:
             for path, done, total in self.features.compute(share) if self.features.folder else ():
                 _log.info("features %d of %d: %s", done, total, path.name)
         self.null = self.features.text("").to(self.device)
+        self.features.encoders.rest()
 
     def batch(self, draw: int, generator: torch.Generator) -> Batch:
         """Batch number `draw`; captions are a function of (seed, draw), `generator` empties some of the controls."""
@@ -140,9 +141,10 @@ class DatasetBatches:
         return choose(sample.captions, rng, self.choice)
 
     def _batch(self, rows: Sequence[int], texts: Sequence[str]) -> Batch:
-        embeds, mask = collated([self.features.text(text) for text in texts])
         latents = torch.stack([self.features.picture(LATENTS, index) for index in rows])
         controls = [self.features.picture(CONTROL, index) for index in rows] if self.control else None
+        embeds, mask = collated([self.features.text(text) for text in texts])  # last: one encoder after the other
+        self.features.encoders.rest()
         return Batch(
             latents=latents.to(self.device),
             embeds=embeds.to(self.device),

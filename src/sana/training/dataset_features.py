@@ -56,6 +56,10 @@ class Encoders:
     def __init__(self, start: StartModel) -> None:
         self.start = start
 
+    def rest(self) -> None:
+        """Say that nothing is left to encode for now."""
+        self.start.rest()
+
     @torch.no_grad()
     def picture(self, picture: Image.Image) -> Tensor:
         """Encode an RGB picture: [C, h, w] float32, times the scaling factor. Errors: NonFinite."""

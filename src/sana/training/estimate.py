@@ -44,6 +44,8 @@ class Estimate:
     """What a micro-batch keeps beside the gradients, at the moment of most, in the turn that needs most."""
     encoders: int = 0
     """Encoders that stay beside the training, because nothing was computed before it."""
+    encoding: int = 0
+    """What encoders that rest outside of the device take there while they encode, in the place of activations."""
     previews: int = 0
     """What drawing previews takes in the place of gradients and activations."""
     seconds: float | None = None
@@ -53,7 +55,7 @@ class Estimate:
     def total(self) -> int:
         """Bytes of everything at the moment at which most is kept."""
         held = self.weights + self.frozen + self.optimizer + self.average + self.encoders
-        return held + max(self.gradients + self.activations, self.previews)
+        return held + max(self.gradients + max(self.activations, self.encoding), self.previews)
 
 
 def estimate(

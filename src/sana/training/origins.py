@@ -145,7 +145,7 @@ class ModelOrigin:
             InvalidInput: the settings do not fit the model or the data.
         """
         self.settings, self.run, self.device, self._prepare = settings, run, device, prepare
-        self.start = StartModel(settings.start, device)
+        self.start = StartModel(settings.start, device, offload=run.offload)
         self.control = build(ControlSettings, settings.control, "flow_matching.control")
         if self.start.is_distilled:
             raise _distilled(settings.start)
@@ -268,6 +268,8 @@ class ModelOrigin:
         """Free the encoders where features were computed before: they are asked for only when pictures are shown."""
         if self.settings.data.get("features"):
             self.start.release()
+        else:
+            self.start.rest()
 
     def write(self, trainable: Trainable, folder: Path) -> None:
         """Write what was trained, with a model card."""

@@ -65,20 +65,29 @@ def rehearse(recipe: Recipe, objective: type[Any], settings: Any, card: Card, wo
             loss.backward()  # type: ignore[no-untyped-call]
 
         needs = counted(made, run, recipe.optimizer, recipe.discriminator_optimizer, walk, world, timed=False)
-        decoding = _decoding(card, made.origin.batches.latents[:1])  # type: ignore[attr-defined]
+        encoding, decoding = _coding(card, made.origin.batches.latents[:1])  # type: ignore[attr-defined]
     encoder, autoencoder = 2 * TEXT_ENCODER_PARAMS, 4 * AUTOENCODER_PARAMS
     if settings.data.get("features"):
         return replace(needs, previews=max(encoder, autoencoder + decoding))
+    if run.offload:
+        told = {
+            name: max(encoder, autoencoder + size) for name, size in (("encoding", encoding), ("previews", decoding))
+        }
+        return replace(needs, **told)
     return replace(needs, encoders=encoder + autoencoder, previews=decoding)
 
 
-def _decoding(card: Card, latents: Tensor) -> int:
-    """Return the bytes that decoding one picture takes beside the autoencoder."""
+def _coding(card: Card, latents: Tensor) -> tuple[int, int]:
+    """Return the bytes that encoding one picture, and decoding it, take beside the autoencoder."""
     autoencoder = AutoencoderDC.from_config(card.autoencoder).eval().requires_grad_(False)
-    ledger = Ledger([*autoencoder.parameters(), *autoencoder.buffers()])
-    with torch.no_grad(), ledger:
-        decoded(autoencoder, latents)
-    return ledger.peak
+    known = [*autoencoder.parameters(), *autoencoder.buffers()]
+    there, back = Ledger(known), Ledger(known)
+    with torch.no_grad():
+        with back:
+            picture = decoded(autoencoder, latents)
+        with there:
+            autoencoder.encode(picture)
+    return there.peak, back.peak
 
 
 def opened(card: Card) -> type[ModelOrigin]:

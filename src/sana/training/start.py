@@ -132,7 +132,12 @@ OBJECTIVES: dict[str, Kind] = {
         has_two_players=lambda settings: settings.phase == "refine",
     ),
     "language_model": Kind(LanguageModelSettings, LanguageModelObjective, check=LanguageModelSettings.check),
-    "flow_matching": Kind(FlowMatchingSettings, FlowMatchingObjective, ("autoencoder", "text", "features")),
+    "flow_matching": Kind(
+        FlowMatchingSettings,
+        FlowMatchingObjective,
+        ("autoencoder", "text", "features"),
+        check=FlowMatchingSettings.check,
+    ),
     "sprint": Kind(
         SprintSettings,
         SprintObjective,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sana.cards import Card
 from sana.checkpoints.autoencoder import AutoencoderDC
@@ -15,6 +16,7 @@ from sana.checkpoints.hub import locate
 from sana.checkpoints.original.loading import base_folder
 from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.engine.parts import Parts, load
+from sana.engine.placement import Placement
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow.schedulers import SCMScheduler
 from sana.text.gemma import PromptEncoder
@@ -30,16 +32,14 @@ NEW_TENSORS = ("norm_q.weight", "norm_k.weight")
 class StartModel:
     """A model by short name, folder, hub id or file."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        """Nothing is loaded yet."""
+    def __init__(self, name: str, device: torch.device, *, offload: bool = False) -> None:
+        """Nothing is loaded yet; with `offload` no more than one encoder is there at a time, and none after `rest`."""
         self.name, self.device = name, device
+        self._placement = Placement("low", device) if offload else None
 
     def parts(self, *names: str, dtype: Any) -> Parts:
         """Load these parts alone."""
         return load(self.name, device=self.device, dtype=dtype, **_without(names))
-
-    def _encoders(self, *names: str, dtype: Any) -> Parts:
-        return load(self.home, device=self.device, dtype=dtype, **_without(names))
 
     @functools.cached_property
     def card(self) -> Card | None:
@@ -95,26 +95,57 @@ class StartModel:
         """How the text encoder is held."""
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
-    @functools.cached_property
+    @property
     def autoencoder(self) -> AutoencoderDC:
         """The autoencoder in float32, frozen."""
-        vae: Any = self._encoders("vae", dtype={"vae": torch.float32}).vae
+        self._bring(self._autoencoder)
+        return self._autoencoder
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """The text encoder; one prompt at a time, so that a text has the same bits in every company."""
+        self._bring(self._prompts.text_encoder)
+        return self._prompts
+
+    @functools.cached_property
+    def _autoencoder(self) -> AutoencoderDC:
+        kinds = {"vae": torch.float32}
+        vae: Any = load(self.home, device=self._resting, dtype=kinds, **_without(("vae",))).vae
         if vae is None:
             raise CheckpointError(f"{self.name} has no autoencoder; start from a whole model.")
         return vae.requires_grad_(False)  # type: ignore[no-any-return]
 
     @functools.cached_property
-    def prompts(self) -> PromptEncoder:
-        """The text encoder; one prompt at a time, so that a text has the same bits in every company."""
-        parts = self.parts("text_encoder", "tokenizer", dtype={"text_encoder": self.text_dtype})
+    def _prompts(self) -> PromptEncoder:
+        kinds = {"text_encoder": self.text_dtype}
+        parts = load(self.name, device=self._resting, dtype=kinds, **_without(("text_encoder", "tokenizer")))
         if parts.text_encoder is None or parts.tokenizer is None:
             raise CheckpointError(f"{self.name} has no text encoder; start from a whole model.")
         parts.text_encoder.requires_grad_(False)
         return PromptEncoder(parts.tokenizer, parts.text_encoder, max_batch=1)
 
+    @property
+    def _resting(self) -> torch.device:
+        """Where encoders are loaded: in main memory those that come and go, for which there may be no room yet."""
+        return self.device if self._placement is None else torch.device("cpu")
+
+    def _bring(self, *encoders: nn.Module) -> None:
+        if self._placement is not None:
+            if not all(self._placement.take(encoder) for encoder in encoders):
+                raise InvalidInput(
+                    f"run.offload has no effect on {self.name}: on a CPU, weights are let go of and read again from"
+                    " safetensors files, and its encoders come from others. Switch it off, or convert the model."
+                )
+            with self._placement.using(encoders):  # what is not used goes as this begins, not as it ends
+                pass
+
+    def rest(self) -> None:
+        """Take the encoders off the device, where they are offloaded; they come back when they are asked for."""
+        self._bring()
+
     def release(self) -> None:
-        """Free the encoders; they come back when they are asked for."""
-        for name in ("autoencoder", "prompts"):
+        """Free the encoders; they are loaded again when they are asked for."""
+        for name in ("_autoencoder", "_prompts"):
             self.__dict__.pop(name, None)
 
     @functools.cached_property

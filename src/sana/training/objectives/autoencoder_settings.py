@@ -69,6 +69,8 @@ class AutoencoderSettings:
                 raise InvalidInput(f"autoencoder.{name} must not be negative, but is {getattr(self, name)}.")
         if self.size < 64 or self.size % 32:
             raise InvalidInput(f"autoencoder.size must be a multiple of 32 from 64 on, but is {self.size}.")
+        if run.offload:
+            raise InvalidInput("run.offload has no effect on 'autoencoder': nothing is encoded for it. Switch it off.")
         if self.phase == "refine" and run.compile:
             raise InvalidInput("run.compile cannot take the two gradients of the phase refine apart. Switch it off.")
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sana.data.captions import CaptionChoice
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
-from sana.training.config import build, changed
+from sana.training.config import RunSettings, build, changed
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
 
 T = TypeVar("T")
@@ -180,6 +180,16 @@ class FlowMatchingSettings:
                 raise InvalidInput(f'[flow_matching.{table}] acts only with train = "{owner}"; it is "{self.train}".')
         self._check_start() if self.start else self._check_scratch()
 
+    def check(self, run: RunSettings) -> None:
+        """Refuse a run that does not go with these settings.
+
+        Raises:
+            InvalidInput: naming the setting.
+        """
+        if run.offload and not self.start:
+            raise InvalidInput("run.offload has no effect without flow_matching.start: there are no encoders to move.")
+        check_offload(run, self.data, "flow_matching.data")
+
     def _check_start(self) -> None:
         unused = [name for name in ("autoencoder", "text") if getattr(self, name)]
         if unused:
@@ -215,6 +225,15 @@ class FlowMatchingSettings:
         missing = [name for name in ("autoencoder", "text", "features") if not getattr(self, name)]
         if missing:
             raise InvalidInput(f"flow_matching lacks {', '.join(missing)}; add it, or a model to start from (start).")
+
+
+def check_offload(run: RunSettings, data: Mapping[str, Any], where: str) -> None:
+    """Raise InvalidInput where the encoders, which should come and go, are not there at all."""
+    if run.offload and data.get("features"):
+        raise InvalidInput(
+            f"run.offload has no effect beside {where}.features: encoders that have done all before are not in memory."
+            " Remove one of them."
+        )
 
 
 def table(kind: type[T], settings: FlowMatchingSettings, name: str) -> T | None:

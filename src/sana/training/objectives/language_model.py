@@ -79,7 +79,7 @@ class LanguageModelSettings:
         Raises:
             InvalidInput: naming the switch.
         """
-        for name in ("compile", "checkpointing"):
+        for name in ("compile", "checkpointing", "offload"):
             if getattr(run, name):
                 raise InvalidInput(f"run.{name} has no effect on 'language_model'. Switch it off.")
 

@@ -319,7 +319,8 @@ KINDS = {
     "encoders": "encoders, which stay: no features were computed before",
     "gradients": "gradients",
     "activations": "activations of a micro-batch",
-    "previews": "while previews are drawn, in the place of the last two",
+    "encoding": "while offloaded encoders encode, in the place of activations",
+    "previews": "while previews are drawn, in the place of gradients and activations",
 }
 """Parts of an estimate, as they are told."""
 UNITS = {"language_model": "captions"}

@@ -6,7 +6,7 @@ from typing import Any
 
 from sana.errors import InvalidInput, did_you_mean
 from sana.training.config import RunSettings, build, changed, named
-from sana.training.objectives.flow_settings import DataSettings
+from sana.training.objectives.flow_settings import DataSettings, check_offload
 from sana.training.objectives.sprint.consistency import LIMITS
 from sana.training.objectives.sprint.trigflow import DERIVATIVES
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
@@ -150,6 +150,7 @@ class SprintSettings:
         Raises:
             InvalidInput: naming the setting.
         """
+        check_offload(run, self.data, "sprint.data")
         if run.compile:
             raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
         if self.matching_weight and run.export == "best":
