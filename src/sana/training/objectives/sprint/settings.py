@@ -153,6 +153,11 @@ class SprintSettings:
         check_offload(run, self.data, "sprint.data")
         if run.compile:
             raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
+        if self.gradient_penalty and run.shard:
+            raise InvalidInput(
+                "sprint.gradient_penalty does not go with run.shard: it differentiates twice, and split weights are"
+                " gone the second time. Remove one of them."
+            )
         if self.matching_weight and run.export == "best":
             raise InvalidInput(
                 "run.export = 'best' does not go with sprint.matching_weight: what is watched is the distance from the"
