@@ -362,6 +362,27 @@ def test_a_dry_run_tells_memory_and_time_and_trains_nothing(sana: Sana) -> None:
     ]  # fmt: skip
 
 
+def test_a_dry_run_of_what_cannot_run_here_tells_how_long_a_step_takes_at_least_and_about(
+    sana: Sana, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sana.training.estimate import SHARE, Estimate
+
+    bare = {"frozen": 0, "gradients": 1, "optimizer": 1, "average": 0, "activations": 1}
+    step = 2 / SHARE
+    needs = Estimate(weights=1 << 30, **bare, flop=3 * 10**12, rate=1.5e12, seconds=4 * step)
+    monkeypatch.setattr("sana.training.start.estimated", lambda *_: needs)
+    said = sana("train", write("recipes/toy/a.toml"), "--dry-run", "--json")
+    (told,) = json.loads(said.out)["stages"]
+    assert (told["flop"], told["rate"], told["seconds"]) == (3 * 10**12, 1.5e12, 4 * step)
+    assert (told["least_step_seconds"], told["step_seconds"]) == (2.0, step)
+    lines = sana("train", "recipes/toy/a.toml", "--dry-run").out.splitlines()
+    assert lines[0].endswith("; about 32 s for 4 steps")
+    assert lines[-1].strip() == (
+        "3 TFLOP a step: at least 2.0 s by the rate of a bare product here, 1.5 TFLOP/s; about 8.0 s by 25% of it,"
+        " which training steps reach on a CPU"
+    )
+
+
 def test_evaluate_prints_the_table_and_writes_the_report(
     sana: Sana, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from sana.cards import CARDS
 from sana.errors import InvalidInput
 from sana.nn import caption_attention, linear_attention, mixffn
 from sana.training.config import Recipe, load_recipe
-from sana.training.estimate import Estimate, counted, state_bytes
+from sana.training.estimate import SHARE, Estimate, counted, state_bytes
 from sana.training.loop import Trainer
 from sana.training.players import use_checkpointing
 from sana.training.rehearsal import card_of, opened, rehearse
@@ -89,6 +89,7 @@ def test_tensors_without_values_need_what_those_with_values_need(
     told = rehearsed(recipe)
     assert replace(told, encoders=0, previews=0) == real
     assert real.activations > 1e6
+    assert real.flop > 1e9
 
 
 def measure(folder: str) -> None:
@@ -151,6 +152,7 @@ def test_encoders_that_come_and_go_count_while_they_encode_and_no_longer() -> No
 def test_accumulated_gradients_are_there_while_the_next_micro_batch_runs() -> None:
     once, again = (rehearsed(on_nano("finetune", **{"run.accumulate": count})) for count in ("1", "4"))
     assert once.gradients == again.gradients
+    assert again.flop == 4 * once.flop
     assert again.activations > once.activations
 
 
@@ -243,3 +245,7 @@ def test_what_a_recipe_states_is_what_a_dry_run_tells(path: Path) -> None:
     told = estimated(recipe, Path("runs") / path.parent.name / path.stem, exports())
     size = told.total / 2**30
     assert stated(path) == pytest.approx(size, abs=0.051 if size >= 1 else 0.0051)
+    assert told.flop > 0
+    assert told.seconds is not None
+    if path.parent.name != "autoencoder":
+        assert told.seconds == pytest.approx(recipe.run.steps * told.flop / (SHARE * (told.rate or 0)))

@@ -22,6 +22,8 @@ SMALLEST_8BIT = 4096
 BLOCK_8BIT = 256
 MAP_8BIT = 2 * 256 * 4
 """Bytes of the two tables of what a byte means."""
+SHARE = 0.25
+"""Share of a bare product's rate that training steps reach: 23 to 30 % in `benchmarks/README.md`, training.py."""
 GATHERED = 3
 """Times a whole block that split weights are put together to: this one, the next one, and its gradients."""
 
@@ -48,14 +50,28 @@ class Estimate:
     """What encoders that rest outside of the device take there while they encode, in the place of activations."""
     previews: int = 0
     """What drawing previews takes in the place of gradients and activations."""
+    flop: int = 0
+    """Operations of the products of a step: forward, backward, and what is computed again in between."""
+    rate: float | None = None
+    """Operations per second of a bare product on this computer; None where the steps themselves were timed."""
     seconds: float | None = None
-    """None where only a run can tell."""
+    """None where neither was timed."""
 
     @property
     def total(self) -> int:
         """Bytes of everything at the moment at which most is kept."""
         held = self.weights + self.frozen + self.optimizer + self.average + self.encoders
         return held + max(self.gradients + max(self.activations, self.encoding), self.previews)
+
+    @property
+    def least_step_seconds(self) -> float | None:
+        """Seconds of a step that does nothing but products, at the rate of a bare one."""
+        return self.flop / self.rate if self.rate else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The same at the share of that rate that training steps reach."""
+        return None if self.least_step_seconds is None else self.least_step_seconds / SHARE
 
 
 def estimate(
@@ -94,13 +110,15 @@ def counted(
     first, share = objective.turns[0], world if run.shard else 1
     settings = {turn: optimizer if turn == first else second or optimizer for turn in objective.turns}
     known = [*objective.module.parameters(), *objective.module.buffers(), *frozen]
-    needs, seconds = [], 0.0
+    needs, flop, seconds = [], 0, 0.0
     for draw, (turn, mine) in enumerate(owned.items()):
         if len(owned) > 1:
             let_learn(objective.module, mine.values())
         gradients = bytes_of(mine.values())
         again = run.accumulate > 1
-        needs.append((gradients, _beside_gradients(known, mine, again, functools.partial(walk, 2 * draw, turn))))
+        beside, products = _beside_gradients(known, mine, again, functools.partial(walk, 2 * draw, turn))
+        needs.append((gradients, beside))
+        flop += products * run.accumulate // len(owned)
         began = time.perf_counter()
         if timed:
             walk(2 * draw + 1, turn)
@@ -118,14 +136,18 @@ def counted(
         optimizer=_piece(sum(state_bytes(settings[turn].name, mine) for turn, mine in owned.items()), share),
         average=_piece(4 * sum(p.numel() for p in owned[first].values()), share) if run.ema else 0,
         activations=activations + gathered,
+        flop=flop,
         seconds=seconds if timed else None,
     )
 
 
 def _beside_gradients(
     known: list[Tensor], mine: Mapping[str, nn.Parameter], again: bool, walk: Callable[[], object]
-) -> int:
-    """Return the most bytes that a micro-batch, the first or one after it, holds beside the gradients of `mine`."""
+) -> tuple[int, int]:
+    """Return the most bytes that a micro-batch, the first or one after it, holds beside the gradients of `mine`.
+
+    Beside them, the operations of its products.
+    """
     if again:  # the gradients of the micro-batch before are there
         for p in mine.values():
             p.grad = torch.zeros_like(p)
@@ -133,7 +155,7 @@ def _beside_gradients(
     ledger = Ledger(known)
     with ledger:
         walk()
-    return max(0, ledger.peak - (0 if again else bytes_of(mine.values())))
+    return max(0, ledger.peak - (0 if again else bytes_of(mine.values()))), ledger.flop
 
 
 def _outside(objective: Objective) -> list[Tensor]:

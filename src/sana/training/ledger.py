@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once, counted while they are made and forgotten."""
+"""How many bytes of tensors live at once, and how many operations make them, counted while they come and go."""
 
 import weakref
 from collections.abc import Iterable, Mapping
@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sana.training.flops import flop_of
+
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts storages that operations make inside a `with` block, on any device, also of tensors without values.
+    """Counts storages that are made inside a `with` block, on any device, also of tensors without values, and products.
 
     What is `known` at the start counts as held by others, and so do views of it.
     """
@@ -18,7 +20,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """Nothing is counted yet."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.now, self.peak, self.flop = 0, 0, 0
         self._others = {_key(tensor) for tensor in known}
         self._held: dict[int, weakref.ref[Any]] = {}
 
@@ -27,6 +29,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation, and count what it made."""
         out = func(*args, **(kwargs or {}))
+        self.flop += flop_of(func, args, kwargs or {}, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

@@ -15,6 +15,7 @@ from sana.checkpoints.hub import locate
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 from sana.training.config import Recipe, RunSettings, build
 from sana.training.estimate import Estimate, estimate
+from sana.training.flops import product_rate
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective
@@ -24,7 +25,7 @@ from sana.training.objectives.language_model import LanguageModelObjective, Lang
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.players import use_checkpointing
-from sana.training.processes import device_of, world_of
+from sana.training.processes import device_of, wants_bf16, world_of
 from sana.training.rehearsal import card_of, rehearse
 from sana.training.stand_ins import with_stand_in
 
@@ -99,20 +100,29 @@ def estimated(recipe: Recipe, folder: Path, exports: Mapping[Path, Recipe] | Non
     """What a recipe will need, from micro-batches that train nothing.
 
     The objective is built; but for a published model that is not here, or that no accelerator is here for, it is
-    rehearsed without its weights and data. `exports` are recipes by the folder that they will export to: an
-    autoencoder that one of them is still to train is drawn instead.
+    rehearsed without its weights and data, and the rate of this computer is measured alone. `exports` are recipes by
+    the folder that they will export to: an autoencoder that one of them is still to train is drawn instead.
     """
     settings = settings_of(recipe)
     name = str(getattr(settings, "start", "") or getattr(settings, "teacher", ""))
     card = card_of(name)
     if card is not None and card.hub_id and not (torch.accelerator.is_available() and _is_here(name)):
         device_of(dataclasses.replace(recipe.run, device="cpu"))  # joins the other processes, if there are any
-        return rehearse(recipe, OBJECTIVES[recipe.objective].objective, settings, card, world_of())
+        return timed(rehearse(recipe, OBJECTIVES[recipe.objective].objective, settings, card, world_of()), recipe.run)
     with tempfile.TemporaryDirectory() as place:
         objective = objective_of(with_stand_in(recipe, folder, exports or {}, Path(place)), folder)()
     if recipe.run.checkpointing:
         use_checkpointing(objective)
     return estimate(objective, recipe.run, recipe.optimizer, recipe.discriminator_optimizer)
+
+
+def timed(needs: Estimate, run: RunSettings) -> Estimate:
+    """Add how long the steps will take on the device of the run, or on a CPU where this computer lacks it."""
+    there = torch.accelerator.current_accelerator(check_available=True)
+    device = there if there is not None and run.device in ("auto", there.type) else torch.device("cpu")
+    dtype = torch.bfloat16 if wants_bf16(run, device) else torch.float32
+    needs = dataclasses.replace(needs, rate=product_rate(device, dtype, run.threads))
+    return dataclasses.replace(needs, seconds=run.steps * (needs.step_seconds or 0.0))
 
 
 def _is_here(name: str) -> bool:

@@ -23,6 +23,7 @@ from sana.errors import InvalidInput, NotWritten
 
 if TYPE_CHECKING:
     from sana.training.config import Recipe
+    from sana.training.estimate import Estimate
     from sana.training.loop import Trainer, TrainStep
 
 USAGE = "sana train RECIPE.toml [RECIPE.toml ...] [--TABLE.KEY VALUE] [options]"
@@ -124,17 +125,31 @@ def _tell_needs(stages: Sequence[Stage], terminal: Terminal) -> int:
     exports = {Path(os.path.normpath(stage.export)): stage.recipe for stage in stages}
     for stage in stages:
         needs = estimated(stage.recipe, stage.folder, exports)
-        steps = f"for {stage.recipe.run.steps} steps"
-        time_told = (
-            f"{duration(needs.seconds)} {steps}" if needs.seconds is not None else "time: only the machine itself tells"
-        )
-        terminal.result(f"{stage.name}: {_gib(needs.total)} at most, beside the program itself; {time_told}")
+        assert needs.seconds is not None
+        about = f"{'' if needs.rate is None else 'about '}{duration(needs.seconds)} for {stage.recipe.run.steps} steps"
+        terminal.result(f"{stage.name}: {_gib(needs.total)} at most, beside the program itself; {about}")
         for kind, meaning in KINDS.items():
             if getattr(needs, kind):
                 terminal.result(f"  {_gib(getattr(needs, kind)):>10}  {meaning}")
-        told.append({"name": stage.name, **dataclasses.asdict(needs), "total": needs.total})
+        if needs.rate is not None:
+            terminal.result(_step_told(needs))
+        seconds = {"step_seconds": needs.step_seconds, "least_step_seconds": needs.least_step_seconds}
+        told.append({"name": stage.name, **dataclasses.asdict(needs), "total": needs.total, **seconds})
     terminal.document({"stages": told, "warnings": terminal.warnings})
     return 0
+
+
+def _step_told(needs: "Estimate") -> str:
+    from sana.training.estimate import SHARE
+
+    assert needs.rate is not None
+    assert needs.least_step_seconds is not None
+    assert needs.step_seconds is not None
+    return (
+        f"  {needs.flop / 1e12:.3g} TFLOP a step: at least {duration(needs.least_step_seconds)} by the rate of a bare"
+        f" product here, {needs.rate / 1e12:.3g} TFLOP/s; about {duration(needs.step_seconds)} by {SHARE:.0%} of it,"
+        " which training steps reach on a CPU"
+    )
 
 
 def _gib(size: int) -> str:
