@@ -378,7 +378,7 @@ def test_a_dry_run_of_what_cannot_run_here_tells_how_long_a_step_takes_at_least_
     lines = sana("train", "recipes/toy/a.toml", "--dry-run").out.splitlines()
     assert lines[0].endswith("; about 32 s for 4 steps")
     assert lines[-1].strip() == (
-        "3 TFLOP a step: at least 2.0 s by the rate of a bare product here, 1.5 TFLOP/s; about 8.0 s by 25% of it,"
+        "3.0 TFLOP a step: at least 2.0 s by the rate of a bare product here, 1.5 TFLOP/s; about 8.0 s by 25% of it,"
         " which training steps reach on a CPU"
     )
 

@@ -285,7 +285,8 @@ def test_a_model_with_a_time_of_its_own_scale_is_told_it_untruncated(pictures: P
 
 
 def test_what_a_configuration_may_change(pictures: Path) -> None:
-    larger = objective(pictures, model={"sample_size": 16}).trainable.transformer
+    data = {"path": str(pictures), "small": "upscale"}
+    larger = objective(pictures, data=data, model={"sample_size": 16}).trainable.transformer
     assert larger.config.sample_size == 16
     with pytest.raises(InvalidInput, match=r"flow_matching.model \(num_layers = 7\) does not fit the weights of nano"):
         objective(pictures, model={"num_layers": 7})

@@ -15,12 +15,18 @@ from sana.training.start import OBJECTIVES, start
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/**/*.toml")) + sorted((ROOT / "src" / "sana" / "assets").rglob("*.toml"))
+KINDS = (
+    *("lora", "dreambooth", "controlnet", "finetune", "scratch-512", "webdataset-512"),
+    *("sprint-teacher", "sprint", "sprint-lora"),
+)
+"""What there is a recipe for, in both sizes."""
 
 
 def test_there_are_recipes_for_everything_that_can_be_trained() -> None:
     names = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES if "recipes" in path.parts}
     for size in ("sana-0.6b", "sana-1.6b"):
-        assert {f"{size}/{kind}.toml" for kind in ("lora", "dreambooth", "controlnet", "finetune")} <= names
+        assert {f"{size}/{kind}.toml" for kind in KINDS} <= names
+    assert {f"sana-1.6b/stage-{size}.toml" for size in ("1024", "2k", "4k")} <= names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

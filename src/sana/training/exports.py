@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 
-from sana.cards import Card
+from sana.cards import CARDS, Card
 from sana.checkpoints.built_in import part_folder
 from sana.checkpoints.controlnet import SanaControlNetModel, note_wiring
 from sana.checkpoints.folder import COMPONENTS, save_parts
@@ -19,6 +19,7 @@ from sana.checkpoints.storage import publish
 from sana.checkpoints.tensors import read_header
 from sana.engine.model_card import CARD_KEY
 from sana.engine.parts import load
+from sana.flow.schedulers import DPMSolverMultistepScheduler
 from sana.training.trainables import ControlTrainable, FullTrainable, LoraTrainable, Trainable
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -83,8 +84,18 @@ def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path
     finished = SanaTransformer2DModel.from_config(trainable.transformer.config)
     finished.load_state_dict(trainable.transformer.state_dict())
     parts: dict[str, Any] = {part: getattr(loaded, part) for part in COMPONENTS}
-    carried = name or ("" if card is None else card.name)
+    if name in CARDS and CARDS[name].flow_shift != loaded.flow_shift:
+        parts["scheduler"] = DPMSolverMultistepScheduler(flow_shift=CARDS[name].flow_shift)
+    carried = name or _own(card, finished)
     save_parts(folder, {**parts, "transformer": finished.to(stored)}, notes={CARD_KEY: carried} if carried else None)
+
+
+def _own(card: Card | None, transformer: SanaTransformer2DModel) -> str:
+    """Return the name of the start's card, or none where the model was trained on to another size."""
+    sizes = ("sample_size", "interpolation_scale")
+    if card is None or any(getattr(card.transformer, key) != getattr(transformer.config, key) for key in sizes):
+        return ""
+    return card.name
 
 
 def stored_dtypes(start: str) -> dict[str, torch.dtype]:

@@ -179,7 +179,9 @@ class ModelOrigin:
         return PriorBatches(batches, DatasetBatches(known, self.encoders, **options), prior.weight)
 
     def _side(self) -> int:
-        """The model's own size in pixels."""
+        """The size in pixels of the model that is trained."""
+        if "sample_size" in self.settings.model:
+            return 32 * int(self.settings.model["sample_size"])
         card = self.start.card
         if card is not None:
             return card.base_size

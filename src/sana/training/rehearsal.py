@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 from torch._subclasses import FakeTensorMode
 
 from sana.card import AUTOENCODER_PARAMS, TEXT_ENCODER_PARAMS, Card
@@ -65,7 +65,8 @@ def rehearse(recipe: Recipe, objective: type[Any], settings: Any, card: Card, wo
             loss.backward()  # type: ignore[no-untyped-call]
 
         needs = counted(made, run, recipe.optimizer, recipe.discriminator_optimizer, walk, world, timed=False)
-        encoding, decoding = _coding(card, made.origin.batches.latents[:1])  # type: ignore[attr-defined]
+        shape = made.origin.batches.latents[:1].shape  # type: ignore[attr-defined]
+    encoding, decoding = _coding(card, tuple(shape))
     encoder, autoencoder = 2 * TEXT_ENCODER_PARAMS, 4 * AUTOENCODER_PARAMS
     if settings.data.get("features"):
         return replace(needs, previews=max(encoder, autoencoder + decoding))
@@ -77,9 +78,12 @@ def rehearse(recipe: Recipe, objective: type[Any], settings: Any, card: Card, wo
     return replace(needs, encoders=encoder + autoencoder, previews=decoding)
 
 
-def _coding(card: Card, latents: Tensor) -> tuple[int, int]:
-    """Return the bytes that encoding one picture, and decoding it, take beside the autoencoder."""
-    autoencoder = AutoencoderDC.from_config(card.autoencoder).eval().requires_grad_(False)
+def _coding(card: Card, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the bytes that encoding a picture of latents of this shape and decoding it take beside the autoencoder."""
+    # On this device parameters are ordinary ones, as the decoder's way in strips asks of large pictures.
+    with torch.device("meta"):
+        autoencoder = AutoencoderDC.from_config(card.autoencoder).eval().requires_grad_(False)
+        latents = torch.zeros(shape)
     known = [*autoencoder.parameters(), *autoencoder.buffers()]
     there, back = Ledger(known), Ledger(known)
     with torch.no_grad():
@@ -101,7 +105,7 @@ def opened(card: Card) -> type[ModelOrigin]:
             self.shift = settings.shift or card.flow_shift
             self.prompts = settings.prompts or ("",) * PREVIEWED
             data = build(DataSettings, settings.data, "flow_matching.data")
-            side = (data.size or card.base_size) // 32
+            side = data.size // 32 or int(settings.model.get("sample_size", card.base_size // 32))
             self.batches = _Shapes(card, run.batch_size * (2 if settings.prior else 1), side, settings)
 
     return Rehearsed

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sana.cards import CARDS
 from sana.data.captions import CaptionChoice
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
@@ -21,7 +22,8 @@ class DataSettings:
     path: str
     """Folder of pictures, `.tar`, or folder of tars."""
     size: int = 0
-    """Side of the square whose area a picture is brought to, in its own aspect ratio; 0 is the model's."""
+    """Side of the square whose area a picture is brought to, in its own aspect ratio; 0 is that of the model, as
+    `[flow_matching.model]` leaves it."""
     square: bool = False
     """Cut every picture to a square, instead of the published aspect ratios."""
     features: str = ""
@@ -140,7 +142,7 @@ class FlowMatchingSettings:
     """What previews show; empty takes captions of the data."""
     preview_guidance: float = 3.0
     card: str = ""
-    """Name of the card that the exported pipeline shall carry."""
+    """Name of the card that the exported pipeline shall carry; it is drawn with the card's shift from then on."""
     caption_gain: float = 0.1
     """First weight of the caption norm, from nothing."""
 
@@ -204,6 +206,7 @@ class FlowMatchingSettings:
         if self.prior and not self.data:
             raise InvalidInput("[flow_matching.prior] needs pictures to learn from: add [flow_matching.data].")
         tables = {name: table(kind, self, name) for name, kind in TABLES.items()}
+        self._check_size(tables["data"])
         controls = bool(tables["data"] and tables["data"].controls)
         is_map = self.train == "controlnet" and tables["control"] is not None and tables["control"].kind == "map"
         if controls != is_map:
@@ -212,6 +215,31 @@ class FlowMatchingSettings:
             raise InvalidInput("[flow_matching.prior] needs [flow_matching.data] square = true: one size for both.")
         if tables["prior"] and is_map:
             raise InvalidInput('[flow_matching.prior] has no control pictures, so kind = "map" does not go with it.')
+
+    def _check_size(self, data: DataSettings | None) -> None:
+        side, scale = self.model.get("sample_size"), self.model.get("interpolation_scale")
+        for name, value in (("sample_size", side), ("interpolation_scale", scale)):
+            if value is None:
+                continue
+            if self.train != "full":
+                told = f'flow_matching.model.{name} is of a whole model, but train = "{self.train}" exports a part'
+                raise InvalidInput(f"{told}. Remove it.")
+            kinds = int if name == "sample_size" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise InvalidInput(f"flow_matching.model.{name} must be a number above 0, but is {value!r}.")
+        if side is not None and data is not None and data.size not in (0, 32 * side):
+            raise InvalidInput(
+                f"flow_matching.model.sample_size = {side} is a model of {32 * side} px, but flow_matching.data.size is"
+                f" {data.size}. Make them agree."
+            )
+        card = CARDS.get(self.card)
+        for name, value in (("sample_size", side), ("interpolation_scale", scale)):
+            own = None if card is None else getattr(card.transformer, name)
+            if card is not None and value is not None and value != own:
+                raise InvalidInput(
+                    f"flow_matching.card is that of {self.card}, whose {name} is {own}, but flow_matching.model.{name}"
+                    f" is {value}. Make them agree."
+                )
 
     def _check_scratch(self) -> None:
         if self.train != "full":

@@ -146,7 +146,7 @@ def _step_told(needs: "Estimate") -> str:
     assert needs.least_step_seconds is not None
     assert needs.step_seconds is not None
     return (
-        f"  {needs.flop / 1e12:.3g} TFLOP a step: at least {duration(needs.least_step_seconds)} by the rate of a bare"
+        f"  {needs.flop / 1e12:,.1f} TFLOP a step: at least {duration(needs.least_step_seconds)} by the rate of a bare"
         f" product here, {needs.rate / 1e12:.3g} TFLOP/s; about {duration(needs.step_seconds)} by {SHARE:.0%} of it,"
         " which training steps reach on a CPU"
     )
