@@ -69,8 +69,8 @@ def test_every_command_of_the_readme_works_in_order(
         code = main([*words, *smaller]) if words else run_in_shell(line)
         assert code == 0, (line, capsys.readouterr().err)
         ran += 1
-    assert ran >= 32
-    folders = {"pictures": 4, "sweep": 7, "fish": 2, "two": 2, "edits": 5, "many": 2}
+    assert ran >= 33
+    folders = {"pictures": 4, "sweep": 7, "fish": 2, "two": 2, "eight": 8, "edits": 5, "many": 2}
     assert {name: len(list((tmp_path / name).glob("*.png"))) for name in folders} == folders
 
 
