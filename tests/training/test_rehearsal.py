@@ -251,19 +251,19 @@ def test_what_a_recipe_states_is_what_a_dry_run_tells(path: Path) -> None:
         assert told.seconds == pytest.approx(recipe.run.steps * told.flop / (SHARE * (told.rate or 0)))
 
 
-def documented() -> list[tuple[str, float]]:
+def stated_beside() -> list[tuple[str, float]]:
     """The counterparts of the original's commands on one GPU, with the GiB that stand beside them."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `configs/.+` \| `(recipes/.+)` \| ([\d.]+) GiB \|$", page, flags=re.MULTILINE)
     return [(command, float(gib)) for command, gib in rows]
 
 
-def test_all_three_of_the_originals_commands_are_documented() -> None:
-    assert len(documented()) == 3
+def test_all_three_of_the_originals_commands_are_stated_beside() -> None:
+    assert len(stated_beside()) == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "gib"), documented(), ids=["folder-512", "finetune-1024", "webdataset-512"])
+@pytest.mark.parametrize(("command", "gib"), stated_beside(), ids=["folder-512", "finetune-1024", "webdataset-512"])
 def test_the_originals_commands_stay_within_its_memory(command: str, gib: float) -> None:
     (path,), overrides = split_overrides(shlex.split(command))
     told = estimated(load_recipe(ROOT / path, {**overrides, "run.precision": "bf16"}), Path("runs"))
