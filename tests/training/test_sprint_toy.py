@@ -12,6 +12,8 @@ from sana.training.objectives.sprint.consistency import LIMITS, tangent
 from sana.training.objectives.sprint.trigflow import consistent, draw_angles, noised, trig_network
 
 HALF_PI = torch.pi / 2
+STEPS = {2: [HALF_PI, 1.1], 4: [HALF_PI, 1.1781, 0.7854, 0.3927]}
+"""The published angles of four steps; a middle angle of two."""
 SPREAD = (1.5**2 + 0.25**2) ** 0.5
 
 
@@ -88,6 +90,7 @@ def test_one_step_reaches_the_exact_map_of_a_bimodal_flow() -> None:
     noise = torch.randn(4096, 1, generator=generator)
     wanted, real = exact(teacher, noise), data(4096, generator)
     before = drawn(student, noise, [HALF_PI], generator)
+    rough = {count: distance(drawn(student, noise, angles, generator), real) for count, angles in STEPS.items()}
     network, taught = trig_network(student), trig_network(teacher)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-4)
     for step in range(2000):
@@ -105,4 +108,8 @@ def test_one_step_reaches_the_exact_map_of_a_bimodal_flow() -> None:
     assert error[0] > 0.3
     assert error[1] < 0.12
     assert distance(after, real) < 0.05
-    assert distance(drawn(student, noise, [HALF_PI, 1.1], generator), real) < 0.05
+    found = {count: distance(drawn(student, noise, angles, generator), real) for count, angles in STEPS.items()}
+    assert distance(before, real) == pytest.approx(0.478, abs=0.03)
+    assert rough[4] == pytest.approx(0.091, abs=0.03)
+    assert all(value < 0.05 for value in found.values()), found
+    assert found[4] < 0.6 * rough[4]
