@@ -1,5 +1,6 @@
 """Flow matching that starts from a model: every trainable, from a recipe's settings to what others load."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml  # type: ignore[import-untyped]
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from look_checks import Checks
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.convert import Conversion, convert
 from sana.checkpoints.hub import locate
+from sana.checkpoints.lora.files import read_lora
 from sana.data import cutouts
 from sana.engine import placement
 from sana.engine.generate import generate_images
@@ -32,6 +36,7 @@ from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.players import use_checkpointing
 from sana.training.starting import StartModel
+from sana.training.trainables import LoraTrainable, chosen_layers
 
 CPU = torch.device("cpu")
 PROMPT = "a red fish"
@@ -107,9 +112,67 @@ def test_an_adapter_acts_in_the_command_as_it_did_in_training_and_the_reference_
     assert "instance_prompt: sks" in card
 
 
+def test_every_dialect_of_an_export_is_the_same_adapter_and_tells_what_it_is(pictures: Path, tmp_path: Path) -> None:
+    dialects = {"peft": "pytorch_lora_weights", "kohya": "kohya", "comfyui": "comfyui"}
+    lora = {"rank": 2, "alpha": 3.0, "targets": ["to_q", "to_k", "to_v"], "trigger": "sks", "dialects": list(dialects)}
+    one = objective(pictures, run(steps=1), train="lora", lora=lora)
+    export = train(one, tmp_path)
+    trainable = one.trainable
+    assert isinstance(trainable, LoraTrainable)
+    known = chosen_layers(trainable.transformer, ("to_q", "to_k", "to_v"))
+    names: dict[str, set[str]] = {}
+    for dialect, stem in dialects.items():
+        file = export / f"{stem}.safetensors"
+        found = read_lora(file, known)
+        assert (found.dialect, found.unmatched) == (dialect, ())
+        assert found.updates.keys() == trainable.updates.keys()
+        for name, update in found.updates.items():
+            assert update.scaling == 1.5
+            wanted = trainable.updates[name].tensors
+            assert all(torch.equal(tensor, wanted[kind]) for kind, tensor in update.tensors.items()), (dialect, name)
+        with safe_open(file, "pt") as opened:
+            names[dialect] = set(opened.keys())
+            told = opened.metadata()
+        data = file.read_bytes()
+        digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+        assert {key: text for key, text in told.items() if key.startswith("modelspec.")} == {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "nano/lora",
+            "modelspec.implementation": "https://github.com/NVlabs/Sana",
+            "modelspec.title": "run",
+            "modelspec.license": "Apache-2.0",
+            "modelspec.trigger_phrase": "sks",
+            "modelspec.hash_sha256": f"0x{digest}",
+        }
+        assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_base_model_version"]) == ("2", "3", "nano")
+    blocks = range(len(trainable.transformer.transformer_blocks))
+    fused = [f"diffusion_model.blocks.{i}.{part}" for i in blocks for part in ("attn.qkv", "cross_attn.q_linear")]
+    fused += [f"diffusion_model.blocks.{i}.cross_attn.kv_linear" for i in blocks]
+    kinds = ("lora_A.weight", "lora_B.weight", "alpha")
+    assert names["comfyui"] == {f"{layer}.{kind}" for layer in fused for kind in kinds}
+    flat = ["lora_unet_" + name.replace(".", "_") for name in known]
+    kinds = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert names["kohya"] == {f"{layer}.{kind}" for layer in flat for kind in kinds}
+    assert names["peft"] == {f"transformer.{name}.lora_{kind}.weight" for name in known for kind in "AB"}
+    check_card(export, "lora")
+
+
+def check_card(export: Path, kind: str) -> None:
+    """The card tells what an export was made from, on what terms and how."""
+    _, header, text = (export / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    told = yaml.safe_load(header)
+    assert told["base_model"] == "nano"
+    assert told["pipeline_tag"] == "text-to-image"
+    assert told["tags"] == ["sana", "sanakit", "text-to-image", *([kind] if kind else [])]
+    assert "Licence of the base weights: Apache-2.0." in text
+    assert "| batch size | 2 |" in text
+    assert "```sh\nsana " in text
+
+
 def test_a_control_network_is_exported_alone_and_steers_the_command(pictures: Path, tmp_path: Path) -> None:
     one = objective(pictures, train="controlnet", control={"kind": "canny", "blocks": 2, "dropout": 0.0})
     export = train(one, tmp_path)
+    check_card(export, "controlnet")
     network = SanaControlNetModel.from_pretrained(export)
     assert len(network.transformer_blocks) == 2
     assert any(bool(block.weight.any()) for block in network.controlnet_blocks)  # type: ignore[union-attr]
@@ -129,6 +192,7 @@ def test_all_weights_are_written_as_a_model_that_the_reference_loads(pictures: P
     drawn = generate_images(load(export, device="cpu"), Request(prompt=PROMPT, seed=1, steps=1)).image
     assert drawn.size == (256, 256)
     assert json.loads((export / "model_index.json").read_text())[CARD_KEY] == "nano"
+    check_card(export, "")
 
 
 def test_an_exported_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> None:

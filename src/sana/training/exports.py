@@ -57,7 +57,8 @@ def write(trainable: Trainable, start: str, card: Card | None, facts: Facts, fol
 def _adapter(trainable: LoraTrainable, start: str, card: Card | None, folder: Path) -> None:
     settings = trainable.settings
     architecture = card.name if card is not None else "sana"
-    told = model_spec(architecture, title=folder.parent.name, trigger_phrase=settings.trigger)
+    licence = card.licence if card is not None else ""
+    told = model_spec(architecture, title=folder.parent.name, trigger_phrase=settings.trigger, license=licence)
     told |= {"ss_network_dim": str(settings.rank), "ss_network_alpha": f"{settings.alpha or settings.rank:g}"}
     told |= {"ss_base_model_version": architecture}
     dialects: tuple[Dialect, ...] = settings.dialects  # type: ignore[assignment]

@@ -19,6 +19,8 @@ from sana.models.lora import LowRank
 
 MODEL_SPEC = "modelspec."
 MODEL_SPEC_VERSION = "1.0.1"
+IMPLEMENTATION = "https://github.com/NVlabs/Sana"
+"""Where the architecture was first written, which ModelSpec asks for."""
 
 
 def save_lora(
@@ -127,7 +129,8 @@ def model_spec(architecture: str, **told: str) -> dict[str, str]:
 
     Source: Stability AI ModelSpec 1.0.1.
     """
-    fields = {"sai_model_spec": MODEL_SPEC_VERSION, "architecture": f"{architecture}/lora", **told}
+    fields = {"sai_model_spec": MODEL_SPEC_VERSION, "architecture": f"{architecture}/lora"}
+    fields |= {"implementation": IMPLEMENTATION, **told}
     return {MODEL_SPEC + key: value for key, value in fields.items() if value}
 
 
