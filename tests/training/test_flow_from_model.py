@@ -204,6 +204,12 @@ def test_an_exported_model_can_be_trained_on(pictures: Path, tmp_path: Path) -> 
     assert bool(torch.isfinite(again.loss(0)[0]))
 
 
+def test_a_folder_of_unknown_origin_trains_at_the_shift_of_its_scheduler(tiny_folder: Path) -> None:
+    start = StartModel(str(tiny_folder), CPU)
+    assert start.card is None
+    assert start.flow_shift == 3.0
+
+
 def test_features_kept_in_files_give_the_losses_of_features_made_on_the_way(pictures: Path, tmp_path: Path) -> None:
     data = {"path": str(pictures), "features": str(tmp_path / "features")}
     stored, fresh = objective(pictures, data=data), objective(pictures)
