@@ -175,12 +175,16 @@ def test_processes_split_what_is_split_and_copies_have_buckets() -> None:
         rehearsed(on_nano("finetune", **{"run.shard": "true"}), world=2)
 
 
+TWO_PLAYERS = ("sprint", "sprint-controlnet")
+"""Recipes of distillations, whose discriminator has an optimiser of its own."""
+
+
 def documented(kind: str) -> dict[str, str]:
     """What docs/training.md lays over a recipe on several nodes."""
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^torchrun --nnodes .+ -m sana\.apps\.cli train RECIPE\.toml (.+)$", text, re.MULTILINE)
-    (second,) = re.findall(r"has a second optimiser: there, add `(.+?)`", text)
-    rest, overrides = split_overrides(shlex.split(f"{line} {second}" if kind == "sprint" else line))
+    (second,) = re.findall(r"have a second optimiser: there, add `(.+?)`", text)
+    rest, overrides = split_overrides(shlex.split(f"{line} {second}" if kind in TWO_PLAYERS else line))
     assert not rest
     return overrides
 
