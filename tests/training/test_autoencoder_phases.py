@@ -32,7 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def train(settings: AutoencoderSettings, folder: Path, steps: int = 4, lr: float = 1e-3, **changes: Any) -> Trainer:
     made = run(steps=steps, **changes)
     trainer = Trainer(AutoencoderObjective(settings, made, CPU), made, OptimizerSettings(lr=lr, warmup=0), folder)
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     for _ in trainer.steps():
         pass
     return trainer
@@ -96,7 +96,7 @@ def test_the_players_of_the_refinement_alternate_and_both_learn(started: Path, t
     objective = AutoencoderObjective(settings, made, CPU)
     assert objective.turns == ("generator", "discriminator")
     trainer = Trainer(objective, made, OptimizerSettings(lr=1e-3, warmup=0), tmp_path)
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     states = [copy.deepcopy(objective.module.state_dict())]
     parts = []
     for report in trainer.steps():

@@ -63,7 +63,7 @@ def objective(pictures: Path, settings: RunSettings | None = None, **changes: An
 
 def train(one: FlowMatchingObjective, folder: Path, lr: float = 1e-2) -> Path:
     trainer = Trainer(one, one.run, OptimizerSettings(lr=lr, warmup=1), folder / "run")
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     for _ in trainer.steps():
         pass
     trainer.export(folder / "run" / "export")

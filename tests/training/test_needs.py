@@ -85,7 +85,7 @@ def measure(folder: str) -> None:
     run = settings(steps=2, save_every=100, evaluate_every=100)
     trainer = Trainer(objective, run, OptimizerSettings(), Path(folder))
     trainer.save = lambda: None  # type: ignore[method-assign]
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     list(trainer.steps())
     sys.stdout.write(json.dumps([expected, memory("VmHWM") - before]))
 

@@ -72,7 +72,7 @@ def run(**changes: object) -> RunSettings:
 
 def train(objective: object, settings: RunSettings, folder: Path, lr: float = 2e-3) -> Trainer:
     trainer = Trainer(objective, settings, OptimizerSettings(name="muon", lr=lr, warmup=1), folder)  # type: ignore[arg-type]
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     for _ in trainer.steps():
         pass
     return trainer

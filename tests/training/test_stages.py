@@ -47,7 +47,7 @@ def stage(start: Path, pictures: Path, **changes: Any) -> FlowMatchingObjective:
 
 def trained(one: FlowMatchingObjective, folder: Path) -> Path:
     trainer = Trainer(one, one.run, OptimizerSettings(lr=1e-3, warmup=0), folder)
-    trainer._look = lambda: None  # type: ignore[method-assign]
+    trainer._look = lambda stop: {}  # type: ignore[method-assign]
     for _ in trainer.steps():
         pass
     trainer.export(folder / "export")
