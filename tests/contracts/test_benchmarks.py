@@ -1,6 +1,7 @@
 """The benchmarks run, and their arithmetic is right."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -15,15 +16,28 @@ WITHOUT_QUICK = {"nano_sweep", "harness", "random_models"}
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in WITHOUT_QUICK)
 
 
-@pytest.fixture(scope="module")
-def harness() -> Any:
-    spec = importlib.util.spec_from_file_location("harness_under_test", FOLDER / "harness.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def harness() -> Any:
+    return script("harness")
+
+
+def test_the_readmes_sweep_is_the_report_that_was_measured() -> None:
+    sweep = script("nano_sweep")
+    rows = json.loads(sweep.REPORT.read_text(encoding="utf-8"))
+    assert len(rows) == len(sweep.SAMPLERS) * len(sweep.GUIDANCE) * len(sweep.STEPS)
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    for table in sweep.tables(rows).split("\n\n"):
+        assert table in readme
 
 
 def test_ratios_are_of_pairs_and_shares_of_the_ceiling(harness: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_few_steps_reach_their_share_of_nanos_twenty() -> None:
         assert ratio["overall"] >= least
     shown = [f"{run['scores']['overall']['score']['share']:.2f}" for run in runs]
     assert any([cell.split(" ")[0] for cell in row if "±" in cell] == shown for row in cells_of("overall"))
+
+
+def test_what_is_said_of_other_noises_is_what_was_measured() -> None:
+    report: Any = read("other-noises.json")
+    scores = [run["scores"]["overall"]["score"]["share"] for run in (report["nano"], *report["nano-sprint"])]
+    assert [run["settings"]["steps"] for run in report["nano-sprint"]] == list(OF_THE_TEACHER)
+    nano, *few = scores
+    told = [f"{number:.2f}" for number in (nano, *few, *(score / nano for score in few))]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sentence = (
+        "(`--seed 100`) nano has {}, and nano-sprint {}, {} and {} in one, two and four steps: {}, {} and {} of it."
+    )
+    assert sentence.format(*told) in text
 
 
 def test_a_picture_is_followed_and_the_prompt_decides_the_colours() -> None:
