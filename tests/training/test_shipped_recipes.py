@@ -2,22 +2,26 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from sana import SanaSprintPipeline
+from sana.apps.cli.verbs.train import split_overrides
 from sana.cards import CARDS
 from sana.errors import InvalidInput
 from sana.training.config import build, load_recipe
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.start import OBJECTIVES, start
+from sana.training.trainables import ControlSettings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("recipes/**/*.toml")) + sorted((ROOT / "src" / "sana" / "assets").rglob("*.toml"))
 KINDS = (
     *("lora", "dreambooth", "controlnet", "finetune", "scratch-512", "webdataset-512"),
-    *("sprint-teacher", "sprint", "sprint-lora"),
+    *("sprint-teacher", "sprint", "sprint-lora", "sprint-controlnet"),
 )
 """What there is a recipe for, in both sizes."""
 
@@ -39,6 +43,37 @@ def test_a_recipe_can_be_read_whole(path: Path) -> None:
         # A published model, what another recipe makes, or a folder that the recipe says how to make.
         made = [f"runs/{path.parent.name}/{path.stem}/export" for path in RECIPES]
         assert settings.start in CARDS or settings.start in made or f" {settings.start} --layers" in text
+
+
+def documented() -> list[str]:
+    """The guide's own commands, and what headers and tables lay over a recipe in words."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^sana train (recipes/\S+\.toml.*)$", page, re.MULTILINE)
+    commands += re.findall(r"`(recipes/\S+\.toml --[^`]+)`", page)
+    for size in ("0.6b", "1.6b"):
+        header = (ROOT / f"recipes/sana-{size}/sprint-controlnet.toml").read_text(encoding="utf-8").split("\n\n")[0]
+        words = " ".join(re.findall(r"--flow_matching\S+ [\w.-]+\w", " ".join(header.replace("#", "").split())))
+        commands.append(f"recipes/sana-{size}/controlnet.toml {words}")
+        (words,) = re.findall(r"any Sprint recipe with `(.+?)`", page)
+        commands.append(f"recipes/sana-{size}/sprint.toml {words}")
+    return commands
+
+
+@pytest.mark.parametrize("command", documented())
+def test_what_the_guide_lays_over_a_recipe_can_be_read(command: str) -> None:
+    name, *words = shlex.split(command)
+    rest, overrides = split_overrides(words)
+    assert not rest
+    recipe = load_recipe(ROOT / name, overrides)
+    settings = build(OBJECTIVES[recipe.objective].settings, recipe.settings, recipe.objective)
+    control = getattr(settings, "control", None)
+    if control:
+        build(ControlSettings, control, f"{recipe.objective}.control")
+    assert not overrides or recipe != load_recipe(ROOT / name)
+
+
+def test_the_guide_has_commands_over_recipes() -> None:
+    assert len(documented()) >= 12
 
 
 @pytest.mark.slow

@@ -195,6 +195,7 @@ def test_what_is_exported_is_what_learnt(
     if settings.train == "lora":
         assert (tmp_path / ADAPTER).is_file()
         return
+    assert "| joined | as in the original code" in text
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_sanakit_wiring"] == "native"
     again = SanaControlNetModel.from_pretrained(tmp_path).state_dict()

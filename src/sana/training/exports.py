@@ -29,6 +29,9 @@ CARD_FILE = "README.md"
 CONTROL = "control pictures"
 """The fact that names the kind of control pictures, for control networks."""
 
+NATIVE = "as in the original code, which `sana --controlnet` knows; pipelines in Python join it otherwise: not for them"
+"""What a model card tells of a control network that is not joined as in diffusers."""
+
 Facts = Mapping[str, str]
 """Rows of a model card's table."""
 
@@ -45,6 +48,8 @@ def write(trainable: Trainable, start: str, card: Card | None, facts: Facts, fol
     elif isinstance(trainable, ControlTrainable):
         _branch(trainable, folder)
         kind = "controlnet"
+        if trainable.wiring != "diffusers":
+            facts = {**facts, "joined": NATIVE}
     else:
         assert isinstance(trainable, FullTrainable)
         _model(trainable, start, card, folder, name)
