@@ -31,6 +31,7 @@ from sana.data import cutout_captions, cutouts
 from sana.flow.density import sample_levels
 from sana.training.batches import Batch, collated
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.ledger import Ledger
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.optimizers import Optimizers
@@ -87,10 +88,10 @@ def compared(kind: str, size: int, settings: dict[str, Any], options: argparse.N
         f"captions of {', '.join(str(len(text)) for text in inputs[1])} tokens",
         f"{options.threads} thread(s), {options.rounds} rounds",
     )
-    timings = measure(
-        {name: torch.enable_grad()(case) for name, case in cases.items()}, options.rounds, threads=options.threads
-    )
-    del cases
+    flops = {name: operations(case) for name, case in cases.items()}
+    steps = {name: torch.enable_grad()(case) for name, case in cases.items()}
+    timings = measure(steps, options.rounds, flops=flops, threads=options.threads)
+    del cases, steps
     words = [
         __file__,
         "--kinds",
@@ -106,6 +107,14 @@ def compared(kind: str, size: int, settings: dict[str, Any], options: argparse.N
     return heading(f"Training, {kind}, {size} px", *told) + "\n" + rows(timings, peaks, count) + "\n"
 
 
+def operations(step: Step) -> float:
+    """Return the floating point operations of the products of a step, those computed again with them."""
+    ledger = Ledger()
+    with ledger:
+        step()
+    return float(ledger.flop)
+
+
 def names() -> list[str]:
     """Return the cases in the order of their turns."""
     return [f"{side}{more}" for more in ("", ", gradient checkpointing") for side in (THEIRS, OURS)]
@@ -115,15 +124,16 @@ def rows(timings: Mapping[str, Timing], peaks: Mapping[str, int], count: int) ->
     """Return the table: each of ours against the reference's of the same kind."""
     lines = [
         "| step | pictures per CPU s | CPU s, median (min - max) | against diffusers | peak of the process | share |"
+        " TFLOP | of the matmul ceiling |"
     ]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, timing in timings.items():
         peer = name.replace(OURS, THEIRS)
         spread = f"{timing.median:.3f} ({min(timing.cpu):.3f} - {max(timing.cpu):.3f})"
         ratio = f"{timing.ratio(timings[peer]):.2f}x" if peer != name else "1"
         lines.append(
             f"| {name} | {count / timing.median:.3f} | {spread} | {ratio} | {peaks[name] / 2**20:.0f} MiB |"
-            f" {peaks[name] / peaks[peer]:.2f} |"
+            f" {peaks[name] / peaks[peer]:.2f} | {(timing.flops or 0) / 1e12:.2f} | {timing.share or 0:.0%} |"
         )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ BLOCK_8BIT = 256
 MAP_8BIT = 2 * 256 * 4
 """Bytes of the two tables of what a byte means."""
 SHARE = 0.25
-"""Share of a bare product's rate that training steps reach: 23 to 30 % in `benchmarks/README.md`, training.py."""
+"""Share of a bare product's rate that training steps reach: 24 to 29 % in `benchmarks/README.md`, training.py."""
 GATHERED = 3
 """Times a whole block that split weights are put together to: this one, the next one, and its gradients."""
 
