@@ -78,8 +78,6 @@ def test_control_branch_is_the_published_one(card: Card) -> None:
     base = CARDS[card.base or "sana-0.6b-1024"]
     assert (card.transformer, card.params, card.flow_shift) == (base.transformer, base.params, base.flow_shift)
     assert card.control == "soft-edge"
-    # The original files run as their authors wired them, the folder that others converted as its pipelines do.
-    assert card.wiring == ("native" if card.is_single_file else "diffusers")
     assert card.download_bytes["controlnet"] == params * (4 if card.is_single_file else 2)
 
 
@@ -168,4 +166,4 @@ def test_what_draws_the_drawn_world_is_what_is_built_in() -> None:
     sprint, control, nano = CARDS["nano-sprint"], CARDS["nano-controlnet"], CARDS["nano"]
     assert sprint.transformer.timestep_scale == 1.0
     assert (control.transformer, control.params, control.flow_shift) == (nano.transformer, nano.params, nano.flow_shift)
-    assert (control.wiring, control.control) == ("diffusers", "ink")
+    assert control.control == "ink"

@@ -59,8 +59,6 @@ class Card:
     """Parameters of the control branch."""
     control: str | None = None
     """Kind of picture that the control branch follows, as `--control` names it."""
-    wiring: str = "diffusers"
-    """How the control branch is wired to the transformer: diffusers, or native as in the original code."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder."""
     flow_shift: float = 3.0

@@ -179,7 +179,6 @@ _CONTROL = replace(
     controlnet=ControlNetConfig(),
     control_params=631_576_960,
     control="soft-edge",
-    wiring="native",
     note="Follows soft edges or a sketch. One original file with the transformer; it is wired as its authors did.",
 )
 
@@ -309,7 +308,6 @@ _ALL = (
         params=591_747_872,
         controlnet=_SMALL_CONTROL,
         control_params=168_765_696,
-        wiring="diffusers",
         dtypes=HALF,
         note="Follows soft edges or a sketch. A folder that others converted, wired as the pipelines for it do.",
     ),

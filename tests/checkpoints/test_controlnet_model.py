@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from sana import SanaTransformer2DModel
-from sana.apps.cli.controlnets import _wiring
-from sana.checkpoints.controlnet import SanaControlNetModel, note_wiring, wiring_in
+from sana.checkpoints.controlnet import WIRING_KEY, SanaControlNetModel
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.storage import write_json
 from sana.errors import CheckpointError, InvalidInput
@@ -167,15 +166,16 @@ def test_a_folder_of_the_transformer_is_not_taken(tmp_path: Path) -> None:
 
 def test_a_folder_notes_how_its_network_is_joined_and_other_readers_skip_the_note(tmp_path: Path) -> None:
     model = branch()
-    model.save_pretrained(tmp_path / "own" / "controlnet")
-    folder = tmp_path / "own" / "controlnet"
-    assert wiring_in(folder) == _wiring(str(tmp_path / "own"), None) == "diffusers"
-    note_wiring(folder, "native")
-    assert wiring_in(folder) == _wiring(str(tmp_path / "own"), None) == _wiring(str(folder), None) == "native"
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    assert WIRING_KEY not in read_json(file)
+    assert SanaControlNetModel.from_pretrained(tmp_path).wiring == "diffusers"
+    model.wiring = "native"
+    model.save_pretrained(tmp_path)
+    assert SanaControlNetModel.from_pretrained(tmp_path).wiring == "native"
     for reader in (SanaControlNetModel, diffusers.SanaControlNetModel):
-        again = reader.from_pretrained(folder).state_dict()
+        again = reader.from_pretrained(tmp_path).state_dict()
         assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-    file = folder / "config.json"
-    write_json(file, {**read_json(file), "_sanakit_wiring": "crossed"})
+    write_json(file, {**read_json(file), WIRING_KEY: "crossed"})
     with pytest.raises(CheckpointError, match="is 'crossed'; it can be diffusers or native"):
-        wiring_in(folder)
+        SanaControlNetModel.from_pretrained(tmp_path)

@@ -86,16 +86,22 @@ def test_autoencoders_go_both_ways(tmp_path: Path, kind: str) -> None:
     assert alike(load_file(tmp_path / "back.safetensors"), state)
 
 
-def test_a_control_branch_goes_both_ways(tmp_path: Path) -> None:
+def test_a_control_branch_goes_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = transformer()
     branch = tiny_branch(base)
     state = controlled_state(base, branch)
     run(save_pth(tmp_path / "both.pth", state), tmp_path / "folder", told=TOLD)
     assert same(SanaTransformer2DModel.from_pretrained(tmp_path / "folder", subfolder="transformer"), base)
-    assert same(SanaControlNetModel.from_pretrained(tmp_path / "folder", subfolder="controlnet"), branch)
+    found = SanaControlNetModel.from_pretrained(tmp_path / "folder", subfolder="controlnet")
+    assert same(found, branch)
+    assert found.wiring == "native"  # as the readers of the original file join it
     place = tmp_path / "folder"
     run(place / "transformer", tmp_path / "back.safetensors", controlnet=place / "controlnet")
     assert alike(load_file(tmp_path / "back.safetensors"), state, but=("y_embedder.y_embedding",))
+    assert not caplog.messages
+    branch.save_pretrained(tmp_path / "joined as in diffusers")
+    run(place / "transformer", tmp_path / "told.safetensors", controlnet=tmp_path / "joined as in diffusers")
+    assert [text for text in caplog.messages if "joined as in diffusers" in text]
     with pytest.raises(InvalidInput, match="together with its transformer"):
         run(place / "controlnet", tmp_path / "alone.safetensors")
     stranger = transformer()

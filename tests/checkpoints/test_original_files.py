@@ -140,8 +140,10 @@ def test_one_file_holds_transformer_and_control_branch(tmp_path: Path) -> None:
     assert loaded.controlnet is not None
     assert same(loaded.transformer, base)
     assert same(loaded.controlnet, branch)
+    assert loaded.controlnet.wiring == "native"
     alone = SanaControlNetModel.from_single_file(path, **TOLD)
     assert same(alone, branch)
+    assert alone.wiring == "native"
 
 
 def test_averaged_weights_are_a_choice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,16 +140,16 @@ def test_the_native_wiring_is_the_originals(guided: bool, changes: dict[str, Any
     network = native_network(base)
     groups = 2 if guided else 1
     text, x, control = captions(2 * groups), random(2, 4, *SIZE), random(2, 4, *SIZE, seed=3)
-    given = Control(network=network, latents=control, wiring="native")
+    network.wiring = "native"
+    given = Control(network=network, latents=control)
     found = predicted(Predictor(base, GRID.timesteps, text, controls=[given]), x, 1, guided=guided)
     rows, told = torch.cat([x] * groups), GRID.timesteps[1].expand(2 * groups) * base.config.timestep_scale
     with torch.no_grad():
         expected = native_step(base, network, rows, told, torch.cat([control] * groups), text)
     assert rms_rel(found, expected) < 2e-6
-    other = Control(network=network, latents=control, wiring="diffusers")
-    assert (
-        rms_rel(predicted(Predictor(base, GRID.timesteps, text, controls=[other]), x, 1, guided=guided), found) > 1e-3
-    )
+    network.wiring = "diffusers"
+    other = predicted(Predictor(base, GRID.timesteps, text, controls=[given]), x, 1, guided=guided)
+    assert rms_rel(other, found) > 1e-3
 
 
 def test_no_positions_reach_the_native_branch() -> None:
@@ -167,10 +167,11 @@ def test_no_positions_reach_the_native_branch() -> None:
 @pytest.mark.parametrize("layers", [(0,), (1, 3), (3,)])
 @pytest.mark.parametrize("guided", [False, True])
 def test_with_pag_the_perturbed_rows_have_the_conditional_residuals(
-    base: Any, network: Any, wiring: str, layers: tuple[int, ...], guided: bool
+    base: Any, network: Any, wiring: str, layers: tuple[int, ...], guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(network, "wiring", wiring)
     text, x = captions(2 if guided else 1), random(1, 4, *SIZE)
-    control = Control(network=network, latents=random(1, 4, *SIZE, seed=3), wiring=wiring)
+    control = Control(network=network, latents=random(1, 4, *SIZE, seed=3))
     options = {"perturbed_layers": layers, "controls": [control]}
     both = [kind(base, GRID.timesteps, text, **options) for kind in (Predictor, Apart)]
     one, apart = (predicted(predict, x, 1, guided=guided, perturbed=True) for predict in both)
@@ -315,7 +316,6 @@ def test_misfits_are_refused(base: Any, network: Any) -> None:
     for wrong, message in (
         ({"start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"end": 1.5}, "0 <= start < end <= 1"),
-        ({"wiring": "other"}, "choose 'diffusers' or 'native'"),
         ({"scale": float("nan")}, "finite number"),
         ({"scale": []}, "finite number"),
         ({"latents": random(1, 5, *SIZE)}, "its network reads"),
@@ -323,6 +323,10 @@ def test_misfits_are_refused(base: Any, network: Any) -> None:
     ):
         with pytest.raises(InvalidInput, match=message):
             Control(**{"network": network, "latents": picture, **wrong})
+    crossed = make_network(base)
+    crossed.wiring = "crossed"
+    with pytest.raises(InvalidInput, match="`wiring` is 'crossed'; choose 'diffusers' or 'native'"):
+        Control(network=crossed, latents=picture)
     for given, message in (
         (Control(network=network, latents=picture, start=0.3, end=0.45), "None of the 4 steps"),
         (Control(network=network, latents=picture, timesteps=torch.ones(3)), "told 3 timesteps"),

@@ -48,12 +48,13 @@ def replaced(model: nn.Module, called: set[str]) -> set[str]:
 def test_no_projection_is_read_past_its_module(dtype: torch.dtype, wiring: str) -> None:
     base = tiny_transformer(num_layers=3, qk_norm="rms_norm_across_heads").to(dtype)
     network = SanaControlNetModel.from_transformer(base, num_layers=2)
+    network.wiring = wiring
     embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     text = Captions(embeds=embeds, mask=torch.ones(2, 5), rows=(0, 1))
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 
     def run() -> Tensor:
-        control = Control(network=network, latents=x, wiring=wiring)
+        control = Control(network=network, latents=x)
         predict = Predictor(base, torch.tensor([500]), text, perturbed_layers=(1,), controls=[control])
         with torch.no_grad():
             return predict(x, 0, guided=True, perturbed=True)

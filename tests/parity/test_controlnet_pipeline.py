@@ -3,6 +3,7 @@
 import copy
 import inspect
 import random
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from reference_pipelines import LATENT_GATE, PROMPTS, SIZE, assert_same, oracle_of, quiet, rms_rel, run, seeded
-from sana import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline, SanaPipeline
+from sana import FlowMatchEulerDiscreteScheduler, SanaControlNetModel, SanaControlNetPipeline, SanaPipeline
 from tiny_model import make_tiny_parts, tiny_controlnet, tiny_transformer
 
 
@@ -199,6 +200,23 @@ def test_several_networks_add_up(pipe: Any) -> None:
     oracle = oracle_of(pipe)
     with pytest.raises(AttributeError, match="'list' object"):
         oracle.controlnet = [oracle.controlnet, oracle.controlnet]
+
+
+def test_a_network_is_joined_as_it_says_itself(pipe: Any, tmp_path: Path) -> None:
+    """One that was trained beside block 0, as the original code joins it, draws otherwise; it may stand with others."""
+    native = copy.deepcopy(pipe.controlnet)
+    native.wiring = "native"
+    native.save_pretrained(tmp_path)
+    read = SanaControlNetModel.from_pretrained(tmp_path)
+    call = {"prompt": PROMPTS[0], "num_inference_steps": 2, **SIZE}
+    plain = run(pipe, control_image=picture(), generator=seeded(), **call).latents[-1]
+    joined = quiet(SanaControlNetPipeline.from_pipe(pipe, controlnet=read))
+    ours = run(joined, control_image=picture(), generator=seeded(), **call).latents[-1]
+    assert rms_rel(ours, plain) > 1e-3
+    both = quiet(SanaControlNetPipeline.from_pipe(pipe, controlnet=[pipe.controlnet, read]))
+    for scales, expected in (([1.0, 0.0], plain), ([0.0, 1.0], ours)):
+        options = {"control_image": [picture(), picture()], "controlnet_conditioning_scale": scales}
+        assert rms_rel(run(both, generator=seeded(), **options, **call).latents[-1], expected) < LATENT_GATE
 
 
 def test_start_and_end_of_the_control(pipe: Any, oracle: Any) -> None:

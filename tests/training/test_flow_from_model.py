@@ -181,6 +181,17 @@ def test_a_control_network_is_exported_alone_and_steers_the_command(pictures: Pa
     assert preview.size == (256, 512)  # a picture above its control
 
 
+def test_a_control_network_is_gone_on_with_as_it_is_joined(pictures: Path, tmp_path: Path) -> None:
+    options = {"kind": "canny", "dropout": 0.0}
+    begun = train(
+        objective(pictures, train="controlnet", control={**options, "blocks": 2, "wiring": "native"}), tmp_path
+    )
+    assert "| joined | as in the original code" in (begun / "README.md").read_text()
+    for told, wiring in (({}, "native"), ({"wiring": "diffusers"}, "diffusers")):
+        one = objective(pictures, train="controlnet", control={**options, **told, "start": str(begun)})
+        assert one.trainable.network.wiring == wiring
+
+
 def test_all_weights_are_written_as_a_model_that_the_reference_loads(pictures: Path, tmp_path: Path) -> None:
     import diffusers
 

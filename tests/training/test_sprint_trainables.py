@@ -62,6 +62,7 @@ class Origin(FakeOrigin):
     """A teacher with a control network, and a model that was distilled from it."""
 
     qk_norm: Any = "rms_norm_across_heads"
+    control = ControlSettings()
 
     def __init__(self, settings: Any, *_: Any) -> None:
         super().__init__()
@@ -78,6 +79,7 @@ class Origin(FakeOrigin):
         made: SanaControlNetModel = lively(SanaControlNetModel.from_transformer(plain, 1), 2)
         for projection in (made.input_block, *made.controlnet_blocks):
             torch.nn.init.normal_(projection.weight, std=0.3)  # type: ignore[arg-type]
+        made.wiring = self.control.wiring or made.wiring
         return made
 
 
@@ -158,7 +160,8 @@ def test_a_branch_steers_teacher_student_and_discriminator_and_alone_learns(
 @pytest.mark.parametrize("wiring", ["native", "diffusers"])
 def test_tapped_tokens_are_those_that_the_next_block_reads(tiny_teacher: LinearDiT, wiring: Any) -> None:
     branch = Origin.branch(object.__new__(Origin), tiny_teacher)
-    backbone = Backbone(tiny_teacher, branch, wiring)
+    branch.wiring = wiring
+    backbone = Backbone(tiny_teacher, branch)
     assert backbone.told_branch == (1.0 if wiring == "native" else 1000.0)
     batch = ControlledBatches().batch(0, torch.Generator().manual_seed(0))
     under, t = Condition(batch.embeds, batch.mask, batch.control), torch.full((4,), 0.7)
@@ -198,7 +201,9 @@ def test_what_is_exported_is_what_learnt(
     assert "| joined | as in the original code" in text
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_sanakit_wiring"] == "native"
-    again = SanaControlNetModel.from_pretrained(tmp_path).state_dict()
+    read = SanaControlNetModel.from_pretrained(tmp_path)
+    assert read.wiring == "native"
+    again = read.state_dict()
     for name, value in objective.trainable.module.state_dict().items():
         torch.testing.assert_close(again[name].float(), value, atol=1e-3, rtol=1e-2)
 

@@ -164,7 +164,8 @@ def test_a_new_control_branch_changes_nothing_and_learns_in_the_known_order(
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     bare = plain(copy.deepcopy(transformer), batch)
     network = SanaControlNetModel.from_transformer(transformer, 2)
-    trainable = ControlTrainable(transformer, network, wiring)
+    network.wiring = wiring
+    trainable = ControlTrainable(transformer, network)
     assert torch.equal(seen(trainable, batch), bare)
 
     def moved(since: dict[str, Tensor]) -> set[str]:
@@ -193,7 +194,8 @@ def test_a_frozen_transformer_may_be_held_in_bfloat16(
             return LoraTrainable(base, LoraSettings(targets=EVERYTHING), 0)
         torch.manual_seed(1)
         network = SanaControlNetModel.from_transformer(transformer, 2).float()
-        return ControlTrainable(base, network, wiring)
+        network.wiring = wiring
+        return ControlTrainable(base, network)
 
     wide, narrow = made(copy.deepcopy(transformer)), made(copy.deepcopy(transformer).to(torch.bfloat16))
     expected = wide.velocity(batch.latents, batch, TIMES)
@@ -210,7 +212,7 @@ def test_a_branch_as_long_as_the_transformer_is_refused(transformer: SanaTransfo
         **{k: v for k, v in CONFIG.items() if k not in ("out_channels", "num_layers")}, num_layers=4
     )
     with pytest.raises(InvalidInput, match="blocks is 4, but the transformer has only 4 blocks"):
-        ControlTrainable(transformer, network, "diffusers")
+        ControlTrainable(transformer, network)
 
 
 def test_the_prior_with_the_same_samples_doubles_the_loss(transformer: SanaTransformer2DModel, batch: Batch) -> None:

@@ -4,41 +4,22 @@ Shapes: as in `sana.models.controlnet`.
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 
-from sana.checkpoints.layout import read_json
+from sana.checkpoints.layout import Weights
 from sana.checkpoints.pretrained import FieldMapping, GradientCheckpointing, PretrainedMixin
-from sana.checkpoints.storage import write_json
 from sana.config import ControlNetConfig
 from sana.errors import CheckpointError, InvalidInput
-from sana.models.controlnet import LinearControlNet
+from sana.models.controlnet import WIRINGS, LinearControlNet
 from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
 
 WIRING_KEY = "_sanakit_wiring"
-"""Key in a control network's `config.json`, where other readers skip what begins with an underscore."""
-
-
-def note_wiring(folder: Path, wiring: str) -> None:
-    """Write beside a saved network how it is joined to its transformer; without a note that is as in diffusers."""
-    file = folder / "config.json"
-    write_json(file, {**read_json(file), WIRING_KEY: wiring})
-
-
-def wiring_in(folder: Path) -> str:
-    """Return how the network of a folder is joined: diffusers or native.
-
-    Errors: CheckpointError for a note that says neither.
-    """
-    noted = read_json(folder / "config.json").get(WIRING_KEY, "diffusers")
-    if noted not in ("diffusers", "native"):
-        raise CheckpointError(
-            f"{WIRING_KEY} in {folder / 'config.json'} is {noted!r:.40}; it can be diffusers or native."
-        )
-    return str(noted)
+"""Key in a control network's `config.json` for what is not joined as in diffusers; other readers skip names that begin
+with an underscore."""
 
 
 class ControlNetSettings(ControlNetConfig, FieldMapping):
@@ -53,6 +34,24 @@ class SanaControlNetModel(GradientCheckpointing, PretrainedMixin, LinearControlN
 
     config_type = ControlNetSettings
     config: ControlNetSettings
+
+    @classmethod
+    def from_weights(cls, config: Mapping[str, Any], weights: Weights, *args: Any, **options: Any) -> Self:
+        """As of `PretrainedMixin`; `wiring` is what the folder notes, without a note as in diffusers.
+
+        Errors: CheckpointError, also for a note that is none of `WIRINGS`.
+        """
+        noted = config.get(WIRING_KEY, cls.wiring)
+        if noted not in WIRINGS:
+            where = weights.folder / "config.json"
+            raise CheckpointError(f"{WIRING_KEY} in {where} is {noted!r:.40}; it can be {' or '.join(WIRINGS)}.")
+        network = super().from_weights(config, weights, *args, **options)
+        network.wiring = str(noted)
+        return network
+
+    def notes(self) -> dict[str, Any]:
+        """See `PretrainedMixin`."""
+        return {} if self.wiring == "diffusers" else {WIRING_KEY: self.wiring}
 
     @classmethod
     def from_transformer(cls, transformer: LinearDiT, num_layers: int = 7) -> Self:

@@ -5,6 +5,7 @@ what is written is a folder, or one safetensors file where the target's name end
 are not touched unless another dtype is asked for, so there and back again gives the same bits.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ from sana.checkpoints.storage import Leftovers, publish, saving
 from sana.checkpoints.tensors import write_tensors
 from sana.checkpoints.weights import MAX_SHARD_SIZE, check_shard_size, inspect, is_finite
 from sana.errors import CheckpointError, InvalidInput, ModelNotFound, NonFinite
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +248,11 @@ def _file_of(task: Conversion, folder: Path, dtype: torch.dtype | None) -> Conve
     modules = {}
     for part, place in _model_folders(task, folder).items():
         modules[part] = _load(place, task.from_variant, dtype, part)
+    if "controlnet" in modules and modules["controlnet"].wiring != "native":
+        _log.warning(
+            "the control network is joined as in diffusers, but readers of an original file join it as the original"
+            " code does: the pictures will differ, unless it was trained by that code"
+        )
     tensors: dict[str, Tensor] = {}
     for part, module in modules.items():
         taken = _shared(tensors, module) if part == "controlnet" else ()

@@ -310,6 +310,10 @@ class PretrainedMixin(nn.Module):
             options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
             leftovers.append(self.write_files(stage, folder, safe_serialization=safe_serialization, **options))
 
+    def notes(self) -> dict[str, Any]:
+        """Return what `config.json` tells beside the configuration, under names that begin with an underscore."""
+        return {}
+
     def write_files(
         self,
         stage: Path,
@@ -326,7 +330,7 @@ class PretrainedMixin(nn.Module):
         written = write_weights(self.state_dict(), stage, part, safe_serialization=safe_serialization, **options)
         header = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
         extra = {} if quantized is None else {ENTRY: quantized}
-        write_json(stage / "config.json", {**header, **self.config.to_dict(), **extra})
+        write_json(stage / "config.json", {**header, **self.config.to_dict(), **extra, **self.notes()})
         return partial(outdated, folder, part, variant, suffix, written)
 
 

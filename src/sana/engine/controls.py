@@ -14,12 +14,11 @@ from torch import Tensor
 
 from sana.engine.captions import Captions, Text
 from sana.errors import InvalidInput
+from sana.models.controlnet import WIRINGS
 from sana.models.linear_dit import Branch
 
 FLOW_TIMES = 1000
 """Times that SANA models of many steps are told for one unit of SANA-Sprint's time."""
-WIRINGS = ("diffusers", "native")
-"""Ways to join a control network: diffusers' own, and that of the original code (see `LinearDiT.denoise`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,19 +35,19 @@ class Control:
     """Share of the steps after which it begins to act."""
     end: float = 1.0
     """Share of the steps after which it acts no more."""
-    wiring: str = "diffusers"
-    """How network and transformer are joined: one of `WIRINGS`."""
     timesteps: Tensor | None = None
     """[n], what the network is told; None is what the transformer is told, in diffusers' wiring without the model's
     `timestep_scale`, as there. Beside SANA-Sprint a network that was made for another SANA is told that one's times."""
 
     def __post_init__(self) -> None:
-        for name in ("encode_caption", "cross_attention_kv", "modulation", "condition", "residuals"):
+        for name in ("encode_caption", "cross_attention_kv", "modulation", "condition", "residuals", "wiring"):
             if not hasattr(self.network, name):
                 kind = type(self.network).__name__
                 raise InvalidInput(f"The control network is a {kind}; use a SanaControlNetModel.")
-        if self.wiring not in WIRINGS:
-            raise InvalidInput(f"`wiring` is {self.wiring!r}; choose {' or '.join(map(repr, WIRINGS))}.")
+        if self.network.wiring not in WIRINGS:
+            raise InvalidInput(
+                f"The control network's `wiring` is {self.network.wiring!r}; choose {' or '.join(map(repr, WIRINGS))}."
+            )
         if not 0 <= self.start < self.end <= 1:
             raise InvalidInput(
                 f"A control must satisfy 0 <= start < end <= 1, but starts at {self.start} and ends at {self.end}."
@@ -92,7 +91,7 @@ class ControlBranch:
 
     def __init__(self, control: Control, transformer: Any, timesteps: Tensor) -> None:
         self.control, self.network = control, control.network
-        self.native = control.wiring == "native"
+        self.native = self.network.wiring == "native"
         weight = next(p for p in self.network.parameters() if p.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
         for name in ("inner_dim", "patch_size", "in_channels"):
@@ -161,18 +160,18 @@ def _told(control: Control, config: Any, timesteps: Tensor) -> Tensor:
     """Return the timesteps that a control network is told, [n]."""
     if control.timesteps is not None:
         return control.timesteps
-    return timesteps * branch_scale(control.network.config, config, control.wiring)
+    return timesteps * branch_scale(control.network, config)
 
 
-def branch_scale(branch: Any, config: Any, wiring: str) -> float:
-    """Return the factor from a run's timesteps to what a control network is told of them, by its `branch` config.
+def branch_scale(branch: Any, config: Any) -> float:
+    """Return the factor from a run's timesteps to what the control network `branch` is told of them.
 
     A run's timesteps are 1000 sigma, and beside SANA-Sprint sigma itself; `config` is the transformer's.
     """
     # All SANA-Sprint models have norms of queries and keys, so a branch without was made for a model of many steps.
-    if config.guidance_embeds and branch.qk_norm is None:
+    if config.guidance_embeds and branch.config.qk_norm is None:
         return float(FLOW_TIMES)
-    return float(config.timestep_scale) if wiring == "native" else 1.0
+    return float(config.timestep_scale) if branch.wiring == "native" else 1.0
 
 
 def acting_steps(start: float, end: float, count: int) -> list[bool]:

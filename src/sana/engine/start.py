@@ -228,7 +228,6 @@ def controls_of(parts: Parts, attached: Attached, say: Say) -> list[Control]:
                 scale=one.scale,
                 start=one.start,
                 end=one.end,
-                wiring=parts.effective_card.wiring,
             )
         )
     return made

@@ -66,7 +66,7 @@ def follower(parts: Parts, order: ResolvedRequest) -> Follow:
     def follow(prompts: list[str], seeds: list[int], pictures: list[Picture]) -> list[Picture]:
         placed = [to_tensor(canvas.place(Image.fromarray(picture))) for picture in pictures]
         latents = encode_picture(parts.vae, torch.cat(placed))
-        control = Control(network=parts.controlnet, latents=latents, wiring=parts.effective_card.wiring)
+        control = Control(network=parts.controlnet, latents=latents)
         return draw(prompts, seeds, (control,))
 
     return follow

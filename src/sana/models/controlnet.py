@@ -19,6 +19,9 @@ from sana.nn.attention import KeyValue, text_bias
 from sana.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, position_table
 from sana.nn.norms import RMSNorm
 
+WIRINGS = ("diffusers", "native")
+"""Ways to join a control network: diffusers' own, and that of the original code (see `LinearDiT.denoise`)."""
+
 
 class LinearControlNet(nn.Module):
     """Compute the residuals that a `LinearDiT` adds to its tokens.
@@ -33,6 +36,10 @@ class LinearControlNet(nn.Module):
     An engine computes `encode_caption`, `cross_attention_kv` and `condition` once per run, `modulation` once per
     timestep and only `residuals` per step.
     """
+
+    wiring: str = "diffusers"
+    """How it is joined to its transformer: one of `WIRINGS`. It is no part of the configuration, for the published
+    files do not tell; whoever reads or trains a network knows."""
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()

@@ -33,12 +33,10 @@ class ControlInput:
     start: float
     end: float
 
-    def encoded(self, vae: Any, channels: int, wiring: str) -> Control:
+    def encoded(self, vae: Any, channels: int) -> Control:
         """Encode the pictures, unless they are latents."""
         latents = self.picture if is_latent(self.picture, channels) else encode_picture(vae, self.picture)
-        return Control(
-            network=self.network, latents=latents, scale=self.scale, start=self.start, end=self.end, wiring=wiring
-        )
+        return Control(network=self.network, latents=latents, scale=self.scale, start=self.start, end=self.end)
 
 
 def read_controls(

@@ -235,8 +235,7 @@ class DrawingPipeline(LoraMixin, PromptPipeline):
             image = job.image
             if image is not None and not is_latent(image, channels):
                 image = encode_picture(self.vae, image)
-            wiring = self.parts.effective_card.wiring
-            return image, tuple(one.encoded(self.vae, channels, wiring) for one in job.controls)
+            return image, tuple(one.encoded(self.vae, channels) for one in job.controls)
 
     def _start(self, job: Job, image: Tensor | None) -> Tensor:
         """Return the first state in flow coordinates: noise, given latents, or a noised picture."""

@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 
 from sana.cards import CARDS, Card
 from sana.checkpoints.built_in import part_folder
-from sana.checkpoints.controlnet import SanaControlNetModel, note_wiring
+from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import COMPONENTS, save_parts
 from sana.checkpoints.hub import locate
 from sana.checkpoints.lora.dialects import Dialect
@@ -29,7 +29,7 @@ CARD_FILE = "README.md"
 CONTROL = "control pictures"
 """The fact that names the kind of control pictures, for control networks."""
 
-NATIVE = "as in the original code, which `sana --controlnet` knows; pipelines in Python join it otherwise: not for them"
+NATIVE = "as in the original code, which sanakit knows by its config.json; diffusers joins it otherwise: not for that"
 """What a model card tells of a control network that is not joined as in diffusers."""
 
 Facts = Mapping[str, str]
@@ -48,7 +48,7 @@ def write(trainable: Trainable, start: str, card: Card | None, facts: Facts, fol
     elif isinstance(trainable, ControlTrainable):
         _branch(trainable, folder)
         kind = "controlnet"
-        if trainable.wiring != "diffusers":
+        if trainable.network.wiring != "diffusers":
             facts = {**facts, "joined": NATIVE}
     else:
         assert isinstance(trainable, FullTrainable)
@@ -76,10 +76,9 @@ def _branch(trainable: ControlTrainable, folder: Path) -> None:
     weight = trainable.transformer.scale_shift_table
     finished = SanaControlNetModel.from_config(trainable.network.config)
     finished.load_state_dict(trainable.network.state_dict())
+    finished.wiring = trainable.network.wiring
     half = torch.float16 if weight.dtype == torch.float32 else weight.dtype
     finished.to(half).save_pretrained(folder)
-    if trainable.wiring != "diffusers":
-        note_wiring(folder, trainable.wiring)
 
 
 def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path, name: str) -> None:

@@ -227,7 +227,7 @@ class ModelOrigin:
         if settings.train == "lora":
             return LoraTrainable(transformer, build(LoraSettings, settings.lora, "flow_matching.lora"), self.run.seed)
         if settings.train == "controlnet":
-            return ControlTrainable(transformer, self.branch(transformer), self.control.wiring)
+            return ControlTrainable(transformer, self.branch(transformer))
         if settings.fresh:
             generator = torch.Generator(self.device).manual_seed(self.run.seed)
             transformer.init_weights(generator, caption_norm_scale=settings.caption_gain, zero_output=True)
@@ -240,9 +240,11 @@ class ModelOrigin:
     def branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
         """Return the control network that the settings begin with, or a new one for the transformer."""
         if self.control.start:
-            begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
-            return begun.to(self.device)
-        return SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
+            network = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
+        else:
+            network = SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
+        network.wiring = self.control.wiring or network.wiring
+        return network.to(self.device)
 
     def preview_batch(self) -> Batch | None:
         """See `Origin`; under a control branch, with the controls of held-out samples."""

@@ -13,9 +13,9 @@ from sana.models.controlnet import LinearControlNet
 class Steering:
     """A branch under texts and control pictures; what does not change with state and time is computed once."""
 
-    def __init__(self, network: LinearControlNet, wiring: str, embeds: Tensor, mask: Tensor, control: Tensor) -> None:
+    def __init__(self, network: LinearControlNet, embeds: Tensor, mask: Tensor, control: Tensor) -> None:
         """Read the texts [B, T, E] with their mask [B, T] and the encoded control pictures [B, C, h, w]."""
-        self.network, self.mask, self._is_native = network, mask, wiring == "native"
+        self.network, self.mask, self._is_native = network, mask, network.wiring == "native"
         self._kv = network.cross_attention_kv(network.encode_caption(embeds))
         self._condition = network.condition(control, positions=not self._is_native)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.errors import InvalidInput, did_you_mean
+from sana.models.controlnet import WIRINGS
 from sana.models.linear_dit import LinearDiT
 from sana.models.lora import LowRank, Target, attach, check_supported, row_lengths, targets
 from sana.training.batches import Batch
@@ -184,8 +185,9 @@ class ControlSettings:
     """What control pictures show: canny, scribble, soft-edge, ink, hed or depth; or map, where the data bring them."""
     blocks: int = 7
     """How many of the transformer's first blocks are copied."""
-    wiring: str = "diffusers"
-    """How branch and transformer are joined: as in diffusers, or as in the original code (native)."""
+    wiring: str = ""
+    """How branch and transformer are joined: as in diffusers, or as in the original code (native); left out, as the
+    network of `start` says, and a new one as in diffusers."""
     dropout: float = 0.1
     """Share of the samples whose control picture is empty."""
     start: str = ""
@@ -193,7 +195,7 @@ class ControlSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        if self.wiring not in ("diffusers", "native"):
+        if self.wiring not in ("", *WIRINGS):
             raise InvalidInput(f"flow_matching.control.wiring is diffusers or native, but not '{self.wiring}'.")
         if self.blocks < 1:
             raise InvalidInput(f"flow_matching.control.blocks must be at least 1, but is {self.blocks}.")
@@ -210,14 +212,14 @@ class ControlTrainable:
     transformer, only the blocks and the projections learn.
     """
 
-    def __init__(self, transformer: LinearDiT, network: SanaControlNetModel, wiring: str) -> None:
+    def __init__(self, transformer: LinearDiT, network: SanaControlNetModel) -> None:
         """Train the blocks of `network` in front of `transformer`, which is frozen."""
         if len(network.transformer_blocks) >= len(transformer.transformer_blocks):
             raise InvalidInput(
                 f"flow_matching.control.blocks is {len(network.transformer_blocks)}, but the transformer has only"
                 f" {len(transformer.transformer_blocks)} blocks; copy fewer than that."
             )
-        self.transformer, self.wiring = transformer.requires_grad_(False), wiring
+        self.transformer = transformer.requires_grad_(False)
         self.network = network.requires_grad_(False)
         self.module: nn.Module = network
         for part in (network.transformer_blocks, network.input_block, network.controlnet_blocks):
@@ -231,9 +233,9 @@ class ControlTrainable:
     def _steered(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         assert batch.control is not None
         base = self.transformer
-        steering = Steering(self.network, self.wiring, batch.embeds, batch.mask, batch.control)
+        steering = Steering(self.network, batch.embeds, batch.mask, batch.control)
         # In diffusers' wiring the branch is told the plain time, without the factor of the transformer.
-        told = timesteps if self.wiring == "native" else timesteps / base.config.timestep_scale
+        told = timesteps if self.network.wiring == "native" else timesteps / base.config.timestep_scale
         own = base.cross_attention_kv(base.encode_caption(batch.embeds))
         return base.denoise(x, base.modulation(timesteps), own, batch.mask, **steering(x, told))
 

@@ -1,6 +1,5 @@
 """`--controlnet`: a control network beside a model that comes without one, or instead of its own."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
-    """Load a control network to where the transformer is, and join it as its card says.
+    """Load a control network to where the transformer is.
 
     Args:
         name: a model of kind controlnet, a hub id, a folder (of the network alone, or of a whole model), or a file.
@@ -32,9 +31,6 @@ def attach(parts: "Parts", name: str, terminal: Terminal) -> None:
     parts.controlnet = _load(name, card, torch_dtype=parts.transformer.dtype, device_map=parts.device)
     is_path = card is None and not name.startswith("hf://") and Path(name).expanduser().exists()
     parts.controlnet_name = card.name if card is not None else Path(name).name if is_path else name
-    wiring = _wiring(name, card)
-    if wiring != parts.effective_card.wiring:
-        parts.card = dataclasses.replace(parts.effective_card, wiring=wiring)
 
 
 def card_of(name: str) -> Card | None:
@@ -75,15 +71,3 @@ def _load(name: str, card: Card | None, **settings: Any) -> Any:
         return SanaControlNetModel.from_single_file(str(card.original), **settings)
     whole = card is not None or (path / "controlnet").is_dir()
     return SanaControlNetModel.from_pretrained(name, subfolder="controlnet" if whole else None, **settings)
-
-
-def _wiring(name: str, card: Card | None) -> str:
-    """Return how a network is joined: as its card or its folder says; an original file as its authors did."""
-    if card is not None:
-        return card.wiring
-    path = Path(name).expanduser()
-    if path.is_dir():
-        from sana.checkpoints.controlnet import wiring_in
-
-        return wiring_in(path / "controlnet" if (path / "controlnet").is_dir() else path)
-    return "native" if name.startswith("hf://") or path.is_file() else "diffusers"

@@ -29,6 +29,7 @@ from sana.checkpoints.single import TensorFile, in_memory, open_single
 from sana.checkpoints.weights import on_meta, placed
 from sana.config import TransformerConfig
 from sana.errors import CheckpointError, InvalidInput, did_you_mean
+from sana.models.controlnet import LinearControlNet
 from sana.nn.embeddings import position_table
 
 NULL_CAPTION_LENGTH = 300
@@ -90,6 +91,8 @@ class Original:
                 # Each is given memory of its own, else one part would keep all the others.
                 state[name] = piece.take(whole).clone() if piece.parts > 1 else piece.take(whole)
         module.load_state_dict(state, assign=True)
+        if isinstance(module, LinearControlNet):
+            module.wiring = "native"  # as the authors of these files join it
         _log.info("loaded %s from %s in %s", module_type.__name__, self.file.path, dtype)
         return module.eval()
 

@@ -56,7 +56,6 @@ class Backbone:
 
     transformer: LinearDiT
     branch: LinearControlNet | None = None
-    wiring: str = "diffusers"
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:
@@ -69,14 +68,14 @@ class Backbone:
         assert self.branch is not None
         config = self.transformer.config
         one = 1.0 if config.guidance_embeds else 1000.0
-        return one * branch_scale(self.branch.config, config, self.wiring)
+        return one * branch_scale(self.branch, config)
 
     def steering(self, under: Condition) -> Steering | None:
         """Return what the branch makes of control pictures, or None without one."""
         if self.branch is None:
             return None
         assert under.control is not None
-        return Steering(self.branch, self.wiring, under.embeds, under.mask, under.control)
+        return Steering(self.branch, under.embeds, under.mask, under.control)
 
     def steered(self, steering: Steering | None, x: Tensor, sigma: Tensor) -> dict[str, Any]:
         """Return what the transformer takes from the branch at noisy latents x [B, C, h, w] of level `sigma` [B]."""

@@ -104,10 +104,9 @@ def take_on(settings: SprintSettings, seed: int, origin: ModelOrigin, teacher: S
         with named("flow_matching.lora", "sprint.lora"):
             adapter = LoraTrainable(student, build(LoraSettings, settings.lora, "sprint.lora"), seed)
         return Taught(Backbone(teacher), Backbone(student), adapter, (teacher, student))
-    wiring = origin.control.wiring
-    fixed = Backbone(teacher, origin.branch(teacher).eval().requires_grad_(False), wiring)
-    own = ControlTrainable(student, origin.branch(teacher), wiring)
-    steered = Backbone(student, own.network, wiring)
+    fixed = Backbone(teacher, origin.branch(teacher).eval().requires_grad_(False))
+    own = ControlTrainable(student, origin.branch(teacher))
+    steered = Backbone(student, own.network)
     if fixed.told_branch != steered.told_branch:
         raise InvalidInput(
             f"{origin.control.start} is told time otherwise under a distilled model than under its teacher. Train it in"
