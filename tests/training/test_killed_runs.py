@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from sana.checkpoints import tensors as tensors_module
 from sana.data.identity import Content
 from sana.errors import InvalidInput, NonFinite, NotWritten
 from sana.training import folders, loop
-from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.config import OptimizerSettings, Recipe, RunSettings
 from sana.training.curve import read_lines
 from sana.training.folders import FIXED, changed
 from sana.training.loop import Trainer, TrainStep
+from sana.training.start import OBJECTIVES, start
 from sana.training.state import load_best, load_state
 
 FAST = OptimizerSettings(lr=1e-2, warmup=2)
@@ -183,6 +184,23 @@ def test_a_second_process_is_kept_out_of_a_run(tmp_path: Path) -> None:
         hold(tmp_path)
     first.close()
     hold(tmp_path)
+
+
+def test_a_second_process_is_kept_out_before_it_loads_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("it builds the objective")
+
+    monkeypatch.setitem(OBJECTIVES, "autoencoder", replace(OBJECTIVES["autoencoder"], objective=load))
+    recipe = Recipe(objective="autoencoder", run=settings(), optimizer=FAST)
+    first = Trainer(Regression(), settings(), FAST, tmp_path)
+    with pytest.raises(InvalidInput, match="is being trained by another process"):
+        start(recipe, tmp_path)
+    first.close()
+    with pytest.raises(AssertionError, match="it builds the objective"):
+        start(recipe, tmp_path)
+    with pytest.raises(AssertionError, match="it builds the objective"):
+        start(recipe, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_who_is_refused_leaves_the_folder_to_the_next(tmp_path: Path) -> None:

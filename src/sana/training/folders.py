@@ -29,6 +29,15 @@ class Lock:
         self.folder = folder
         self.take()
 
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        """Refuse a folder that another process has, before anything is made for it; later `Lock` decides.
+
+        Errors: as of `Lock`.
+        """
+        if (folder / LOCK).exists():
+            cls(folder).release()
+
     def take(self) -> None:
         """Take the folder, if it is not ours already."""
         if self._handle is not None:

@@ -46,6 +46,13 @@ def world_of() -> int:
     return int(PartialState().num_processes)
 
 
+def rank_of() -> int:
+    """Which of the processes that train together this one is; they have met in `device_of`."""
+    from accelerate import PartialState
+
+    return int(PartialState().process_index)
+
+
 class _Call(nn.Module):
     """An objective's methods behind one `forward`, where the libraries put their hooks."""
 

@@ -16,6 +16,7 @@ from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 from sana.training.config import Recipe, RunSettings, build
 from sana.training.estimate import Estimate, estimate
 from sana.training.flops import product_rate
+from sana.training.folders import Lock
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective
@@ -25,7 +26,7 @@ from sana.training.objectives.language_model import LanguageModelObjective, Lang
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.players import use_checkpointing
-from sana.training.processes import device_of, wants_bf16, world_of
+from sana.training.processes import device_of, rank_of, wants_bf16, world_of
 from sana.training.rehearsal import card_of, rehearse
 from sana.training.stand_ins import with_stand_in
 
@@ -85,6 +86,8 @@ def objective_of(recipe: Recipe, folder: Path) -> Callable[[], Objective]:
 def start(recipe: Recipe, folder: Path) -> Trainer:
     """Build the objective of a recipe and its trainer, which takes up the run in `folder` if there is one."""
     make = objective_of(recipe, folder)
+    if rank_of() == 0:
+        Lock.check(folder)  # a model may take minutes to load
     return Trainer(
         make(),
         recipe.run,
