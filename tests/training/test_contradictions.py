@@ -60,6 +60,7 @@ def read(file: Path) -> None:
         (LANGUAGE, "compile = true", "run.compile has no effect on 'language_model'."),
         (LANGUAGE, "checkpointing = true", "run.checkpointing has no effect on 'language_model'."),
         (LANGUAGE, "offload = true", "run.offload has no effect on 'language_model'."),
+        (LANGUAGE, "shard = true", "run.shard does not go with 'language_model', which is small."),
         (CODER, "offload = true", "run.offload has no effect on 'autoencoder': nothing is encoded for it."),
         (SCRATCH, "offload = true", "run.offload has no effect without flow_matching.start"),
         (DATA + 'features = "f"\n', "offload = true", "run.offload has no effect beside flow_matching.data.features"),

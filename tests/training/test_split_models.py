@@ -8,16 +8,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_objectives import AUTOENCODER
 from test_processes import beside, losses, state
 from torch import Tensor, multiprocessing
 from torch.distributed.tensor import DTensor
 
+from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import save_parts
 from sana.data import cutouts
 from sana.errors import NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.features import scene_of
 from sana.training.loop import Trainer
+from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
@@ -25,6 +28,7 @@ from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from tiny_model import make_tiny_parts
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
 FIRST = OptimizerSettings(lr=1e-2, warmup=1)
 SECOND = OptimizerSettings(lr=3e-3, clip=0.5, warmup=0)
@@ -33,9 +37,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"train": "lora", "lora": {"rank": 2, "targets": ["to_q", "to_v", "to_out.0", "conv_point"], "dora": True}},
     "controlnet": {"train": "controlnet", "control": {"kind": "canny", "blocks": 1}},
     "matching": {"adversarial_weight": 0.0, "matching_weight": 1.0, "warmup_steps": 4},
+    "restoring": {"phase": "full"},
+    "refining": {"phase": "refine"},
     "adversarial": {"taps": (0, 1), "virtual_batch": 2, "warmup_steps": 4},
 }
 DISTILLED = ("matching", "adversarial")
+AUTOENCODERS = ("restoring", "refining")
 
 
 def settings(**changes: Any) -> RunSettings:
@@ -44,6 +51,8 @@ def settings(**changes: Any) -> RunSettings:
 
 
 def built(kind: str, place: Path, run: RunSettings) -> Objective:
+    if kind in AUTOENCODERS:
+        return AutoencoderObjective(AutoencoderSettings(start=str(place / "vae"), size=64, **KINDS[kind]), run, CPU)
     data = {"path": str(place / "pictures"), "size": 256, "held_out": 2}
     if kind in DISTILLED:
         told = SprintSettings(teacher=str(place / "model"), data=data, prompts=("a fox",), **KINDS[kind])
@@ -54,7 +63,7 @@ def built(kind: str, place: Path, run: RunSettings) -> Objective:
 
 def trainer_of(kind: str, place: Path, folder: Path, **changes: Any) -> Trainer:
     run = settings(**changes)
-    second = SECOND if kind in DISTILLED else None
+    second = SECOND if kind in (*DISTILLED, "refining") else None
     make: Callable[[], Objective] = lambda: built(kind, place, run)  # noqa: E731, one expression
     return Trainer(make(), run, FIRST, folder, second, rebuild=make)
 
@@ -159,6 +168,10 @@ def test_one_process_goes_on_with_a_model_that_was_split(pair: Path, tmp_path: P
 def of_two_more(rank: int, folder: Path) -> None:
     place = folder.parent
     all_are_split(train("controlnet", place, folder / "controlnet", shard=True))
+    for kind in AUTOENCODERS:
+        split = train(kind, place, folder / kind, shard=True)
+        all_are_split(split)
+        split.export(folder / kind / "export")
     train("full", place, folder / "checkpointed", shard=True, checkpointing=True)
     train("adversarial", place, folder / "copied")
     all_are_split(train("adversarial", place, folder / "split", shard=True))
@@ -170,7 +183,15 @@ def of_two_more(rank: int, folder: Path) -> None:
 def test_branches_checkpoints_heads_and_resumed_players_walk_as_one_too(place: Path, tmp_path: Path) -> None:
     more = place / "more"
     more.mkdir()
+    torch.manual_seed(0)
+    AutoencoderDC.from_config(AUTOENCODER, scaling_factor=0.5).save_pretrained(place / "vae")
     multiprocessing.spawn(beside, args=(of_two_more, more), nprocs=2)  # type: ignore[no-untyped-call]
+    for kind in AUTOENCODERS:
+        train(kind, place, tmp_path / kind, accumulate=2).export(tmp_path / kind / "export")
+        walk_as(more / kind, tmp_path / kind)
+        ours, theirs = (load_file(folder / kind / "export" / WEIGHTS) for folder in (more, tmp_path))
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=f"{kind} {name}")
     for kind, found in (("controlnet", "controlnet"), ("full", "checkpointed"), ("matching", "halted")):
         train(kind, place, tmp_path / kind, accumulate=2)
         walk_as(more / found, tmp_path / kind)

@@ -82,6 +82,9 @@ class LanguageModelSettings:
         for name in ("compile", "checkpointing", "offload"):
             if getattr(run, name):
                 raise InvalidInput(f"run.{name} has no effect on 'language_model'. Switch it off.")
+        # All processes gather a split block at once, but each draws for itself whether it reads the instruction.
+        if run.shard:
+            raise InvalidInput("run.shard does not go with 'language_model', which is small. Switch it off.")
 
 
 def group_labels(scene: cutouts.Scene, index: int, said_colour: str | None, said_size: str | None) -> list[int]:
