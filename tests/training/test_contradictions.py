@@ -55,6 +55,8 @@ def read(file: Path) -> None:
     ("before", "line", "sentence"),
     [
         (CODER, "export = 'best'", "run.export = 'best' has only the start and the end to choose from"),
+        (CODER, "seed = -1", "run.seed must lie between 0 and 4294967295, but is -1."),
+        (CODER, "seed = 4294967296", "run.seed must lie between 0 and 4294967295, but is 4294967296."),
         (CODER, "max_non_finite = -1", "run.max_non_finite must not be negative, but is -1."),
         (CODER, 'device = "cuda"\nthreads = 2', "run.threads has no effect on the device cuda."),
         (LANGUAGE, "compile = true", "run.compile has no effect on 'language_model'."),

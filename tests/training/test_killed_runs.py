@@ -384,6 +384,26 @@ def test_better_is_what_the_objective_says(
     assert run(tmp_path).best["step"] == step
 
 
+def test_weights_that_could_not_be_kept_are_not_called_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a disk that is full at the best look, the best is the best of those that were kept."""
+    figures = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(Regression, "evaluate", lambda *_: {"held_out": next(figures)})
+    keep: Callable[..., Any] = loop.save_best
+
+    def full_at_six(folder: Path, state: Any) -> None:
+        if state.step == 6:
+            raise OSError(errno.ENOSPC, "No space left on device", "best")
+        keep(folder, state)
+
+    monkeypatch.setattr(loop, "save_best", full_at_six)
+    trainer = run(tmp_path)
+    assert "the best weights, of step 6, are not kept (No space left on device)" in caplog.text
+    assert (trainer.best["step"], trainer.best["figure"]) == (12, 2.0)
+    assert load_best(tmp_path / "best").step == 12
+
+
 def test_a_last_state_that_cannot_be_written_is_an_error_and_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

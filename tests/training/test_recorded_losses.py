@@ -8,7 +8,8 @@ import torch
 from test_loop import Regression, settings
 from test_objectives import AUTOENCODER, CPU, LANGUAGE, run
 
-from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.batches import generator_of
+from sana.training.config import MAX_SEED, OptimizerSettings, RunSettings
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective
@@ -41,6 +42,14 @@ RECORDED: dict[str, tuple[Callable[[RunSettings], Objective], RunSettings, str, 
         "0x1.5142d4p+3 0x1.548b46p+3 0x1.49f810p+3 0x1.3e68e4p+3 0x1.437d88p+3 0x1.393d0ap+3",
     ),
 }
+
+
+def test_every_seed_and_draw_has_noise_of_its_own() -> None:
+    """A date is a seed, too; small seeds have the numbers that they always had."""
+    seeds = (0, 1, 20240101, 20240101 + (1 << 23), MAX_SEED)
+    found = [generator_of(seed, draw).initial_seed() for seed in seeds for draw in (0, 1, 10**6)]
+    assert found[:6] == [0, 1, 10**6, 1 << 40, (1 << 40) + 1, (1 << 40) + 10**6]
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -240,6 +240,8 @@ def test_a_prior_weighs_as_it_is_told_whatever_its_size(batch: Batch) -> None:
         (lambda: LoraSettings(rank=0), "lora.rank must lie between 1 and 4096, but is 0"),
         (lambda: LoraSettings(alpha=-1.0), "lora.alpha must not be negative"),
         (lambda: LoraSettings(targets=()), "lora.targets is empty"),
+        (lambda: LoraSettings(dialects=()), r"dialects must name each form .* once, and at least one, but is \[\]"),
+        (lambda: LoraSettings(dialects=("peft", "peft")), r"but is \['peft', 'peft'\]"),
         (lambda: LoraSettings(dialects=("a1111",)), "knows peft, kohya and comfyui, but not 'a1111'"),
         (lambda: ControlSettings(wiring="other"), "wiring is diffusers or native, but not 'other'"),  # type: ignore[arg-type]
         (lambda: ControlSettings(blocks=0), "blocks must be at least 1, but is 0"),

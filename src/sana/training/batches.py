@@ -3,12 +3,21 @@
 Shapes: B batch, C latent channels, h w latent size, T text length, E text width.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+def generator_of(seed: int, draw: int) -> torch.Generator:
+    """Return the generator of micro-batch `draw`, which no other draw and no other seed has."""
+    number = (seed << 40) + draw
+    if number >= 1 << 63:  # torch takes no more
+        number = int.from_bytes(hashlib.sha256(f"{seed}/{draw}".encode()).digest()[:7], "little")
+    return torch.Generator().manual_seed(number)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ NUMBERS = {
 }
 """Optimiser -> its own betas and epsilons, where a recipe has none."""
 TRACKERS = ("tensorboard", "wandb")
+MAX_SEED = 2**32 - 1
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -71,6 +72,8 @@ class RunSettings:
         for name in ("steps", "batch_size", "threads", "accumulate", "log_every", "save_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"run.{name} must be at least 1, but is {getattr(self, name)}.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidInput(f"run.seed must lie between 0 and {MAX_SEED}, but is {self.seed}.")
         if not 0 <= self.ema < 1:
             raise InvalidInput(f"run.ema must lie in [0, 1), but is {self.ema}.")
         if self.export not in ("last", "best"):

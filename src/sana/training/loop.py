@@ -288,15 +288,19 @@ class Trainer:
         name, figure = next(iter(figures.items()), ("", math.nan))
         known = float(self.best.get("figure", math.nan))
         is_better = figure < known if self.objective.better == "lower" else figure > known
-        if not math.isfinite(figure) or not (is_better or math.isnan(known)):
+        is_new = math.isfinite(figure) and (is_better or math.isnan(known))
+        if not self.processes.total(is_new and self.is_first)[0]:  # figures of others may differ in their last bit
             return
-        self.best = {"step": self.step, "name": name, "figure": figure}
+        best, is_kept = {"step": self.step, "name": name, "figure": figure}, True
         weights = self.players.weights()
         if self.processes.is_first:
             try:
-                save_best(self.folder / "best", State(step=self.step, parts={"module": weights}, facts=self.best))
+                save_best(self.folder / "best", State(step=self.step, parts={"module": weights}, facts=best))
             except OSError as error:
+                is_kept = False
                 logger.warning("the best weights, of step %d, are not kept (%s)", self.step, error.strerror)
+        if not self.processes.total(not is_kept)[0]:
+            self.best = best
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[TrainStep]:
         """Train to the end, yielding one report a step; closing the generator saves first.

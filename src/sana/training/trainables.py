@@ -83,6 +83,11 @@ class LoraSettings:
             raise InvalidInput(f"flow_matching.lora.alpha must not be negative, but is {self.alpha}.")
         if not self.targets:
             raise InvalidInput("flow_matching.lora.targets is empty, so nothing would learn; name some layers.")
+        if not self.dialects or len(set(self.dialects)) < len(self.dialects):
+            raise InvalidInput(
+                f"flow_matching.lora.dialects must name each form of the exported file once, and at least one, but is"
+                f" {list(self.dialects)}."
+            )
         for name in self.dialects:
             if name not in ("peft", "kohya", "comfyui"):
                 raise InvalidInput(f"flow_matching.lora.dialects knows peft, kohya and comfyui, but not '{name}'.")

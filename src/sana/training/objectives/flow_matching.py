@@ -24,7 +24,7 @@ from sana.data.identity import Content
 from sana.errors import InvalidInput
 from sana.flow.density import NoiseLevels, loss_weights, sample_levels, sample_sigmas
 from sana.models.linear_dit import LinearDiT
-from sana.training.batches import Batch
+from sana.training.batches import Batch, generator_of
 from sana.training.config import RunSettings
 from sana.training.objectives.base import MAIN, Check, trainable, unasked
 from sana.training.objectives.flow_settings import FlowMatchingSettings
@@ -135,7 +135,7 @@ class FlowMatchingObjective:
 
     def loss(self, draw: int, turn: str = "main") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw`."""
-        generator = torch.Generator().manual_seed((self.run.seed << 40) + draw)
+        generator = generator_of(self.run.seed, draw)
         batch = self.origin.batches.batch(draw, generator)
         levels = self._levels(len(batch.latents), generator)
         noise = torch.randn(batch.latents.shape, generator=generator).to(self.device)

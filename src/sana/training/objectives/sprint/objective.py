@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from sana.data.identity import Content
 from sana.nn.placement import placed_like
 from sana.training import exports
+from sana.training.batches import generator_of
 from sana.training.config import RunSettings, named
 from sana.training.objectives.base import Check, unasked
 from sana.training.objectives.flow_settings import FlowMatchingSettings
@@ -124,7 +125,7 @@ class SprintObjective:
 
     def given(self, draw: int) -> Given:
         """The data of micro-batch `draw`, and the noise that goes with them."""
-        generator = torch.Generator().manual_seed((self.run.seed << 40) + draw)
+        generator = generator_of(self.run.seed, draw)
         batch = self.origin.batches.batch(draw, generator)
         scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
         chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
