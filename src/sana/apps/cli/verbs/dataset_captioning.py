@@ -63,9 +63,9 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         raise InvalidInput("--seed has no effect at --temperature 0. Raise it, or leave the seed out.")
 
     from sana.engine.placement import pick_device
-    from sana.training.captioner import PROMPT, Captioner, Describing
-    from sana.training.labelling import Labelled, caption_names, captioned, to_caption
-    from sana.training.labels import open_labels
+    from sana.training.labelling.captioner import PROMPT, Captioner, Describing
+    from sana.training.labelling.files import open_labels
+    from sana.training.labelling.work import Labelled, caption_names, captioned, to_caption
 
     describing = Describing(
         prompts=tuple(asking.prompt) or (PROMPT,),

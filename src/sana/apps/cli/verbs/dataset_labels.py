@@ -13,8 +13,8 @@ from sana.errors import InvalidInput, OutOfMemory
 
 if TYPE_CHECKING:
     from sana.data.samples import Finding
-    from sana.training.labelling import Labelled, Plan
-    from sana.training.labels import Labels
+    from sana.training.labelling.files import Labels
+    from sana.training.labelling.work import Labelled, Plan
 
 _SHOWN = 5
 """Samples that are left out and told one by one; the JSON document has all."""

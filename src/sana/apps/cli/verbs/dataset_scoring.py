@@ -43,8 +43,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
 
     from sana.engine.placement import pick_device
     from sana.evaluation.clip_score import MODEL, ClipScorer
-    from sana.training.labelling import Labelled, scored, to_score
-    from sana.training.labels import open_labels
+    from sana.training.labelling.files import open_labels
+    from sana.training.labelling.work import Labelled, scored, to_score
 
     labels = open_labels(data)
     plan = to_score(labels, again=work.again)

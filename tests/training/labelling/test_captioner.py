@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sana.errors import InvalidInput
-from sana.training.captioner import Captioner, Describing
+from sana.training.labelling.captioner import Captioner, Describing
 from tiny_onlookers import save_describer, save_video_describer
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sana.data.samples import BadSample, Caption, Finding
 from sana.errors import InvalidInput
-from sana.training.labels import Labels, captions_in, checked_name
+from sana.training.labelling.files import Labels, captions_in, checked_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,9 +12,9 @@ from sana.data.captions import probabilities
 from sana.data.open import open_source
 from sana.data.samples import BadSample, Caption
 from sana.errors import BadData, InvalidInput
-from sana.training import labelling
-from sana.training.labelling import caption_names, captioned, scored, to_caption, to_score
-from sana.training.labels import captions_in, checked_name, open_labels
+from sana.training.labelling import work
+from sana.training.labelling.files import captions_in, checked_name, open_labels
+from sana.training.labelling.work import caption_names, captioned, scored, to_caption, to_score
 
 NAMES = ("Seer", "Seer-2")
 
@@ -171,12 +171,12 @@ def test_work_that_breaks_is_kept_and_goes_on_where_it_was(data: Path) -> None:
 
 def test_closing_it_early_saves_and_saving_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path, 6)
-    monkeypatch.setattr(labelling, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(work, "SAVED_EVERY", 0.0)
     labels = open_labels(tmp_path)
     steps = captioned(labels, to_caption(labels, NAMES, again=False), Seer(), NAMES, 2)
     next(steps)
     assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 2
-    monkeypatch.setattr(labelling, "SAVED_EVERY", 1000.0)
+    monkeypatch.setattr(work, "SAVED_EVERY", 1000.0)
     next(steps)
     steps.close()
     assert len((tmp_path / "metadata.jsonl").read_text().splitlines()) == 4
