@@ -113,6 +113,27 @@ def test_a_replacement_is_of_the_same_bucket_and_pure() -> None:
     assert len({order.instead(3, 5, attempt) for attempt in range(40)}) > 3
 
 
+def test_all_of_a_bucket_stand_in_for_one_another() -> None:
+    order = BucketedOrder(BUCKETS, 4, 11)
+    for draw, index in ((0, 5), (31, 40)):
+        found = list(order.stand_ins(draw, index))
+        members = [other for other, bucket in enumerate(BUCKETS) if bucket == BUCKETS[index]]
+        assert sorted(set(found)) == members
+        assert len(found) == 2 * len(members)
+        assert found[: len(members)] == [order.instead(draw, index, attempt) for attempt in range(len(members))]
+
+
+def test_the_other_draws_of_an_epoch_are_a_pure_row() -> None:
+    order = BucketedOrder(BUCKETS, 4, 11)
+    count = order.batches_per_epoch
+    rows = [list(order.elsewhere(draw)) for draw in range(count, 2 * count)]
+    for draw, row in enumerate(rows, count):
+        assert sorted((*row, draw)) == list(range(count, 2 * count))
+        assert row == list(BucketedOrder(BUCKETS, 4, 11).elsewhere(draw))
+    assert len({row[0] for row in rows}) > count // 3
+    assert list(BucketedOrder(["a"], 4, 11).elsewhere(7)) == []
+
+
 def test_a_million_samples_are_no_trouble() -> None:
     order = BucketedOrder([i % 40 for i in range(1_000_000)], 64, 1)
     batches = [order.batch(draw) for draw in range(0, 20_000, 997)]

@@ -1,5 +1,6 @@
 """Pictures with captions as the trainer sees them: order, cuts, captions, what is broken and what is too small."""
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,6 +241,83 @@ def test_a_picture_that_breaks_in_the_middle_is_replaced_and_told(many: Path, ca
     fresh = open_batches(many, side=32, square=True, batch_size=10)
     with pytest.raises(BadData, match=r"3 of 20\d samples in .* are broken \(1\.5%\)"):
         [draw(fresh, number) for number in range(20)]
+
+
+def cut_off(file: Path) -> None:
+    """Leave the header of a picture, which is all that is read at the start, and none of its pixels."""
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def test_a_held_out_picture_that_is_broken_is_left_out_of_every_look(
+    many: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def looks(held_out: int) -> list[list[str]]:
+        batches = open_batches(many, side=32, square=True, batch_size=10, held_out=held_out)
+        return [[text for batch in batches.held_out() for text in words(batch)] for _ in range(2)]
+
+    (apart, _), (first, _) = looks(20), looks(0)
+    for number in (apart[3].split()[1], "0"):
+        cut_off(many / f"m{int(number):03d}.png")
+    without = [text for text in apart if text not in (apart[3], "m 0")]
+    assert looks(20) == [without, without]
+    assert caplog.text.count(f"left out: m{int(apart[3].split()[1]):03d}.png") == 1
+    assert looks(0) == [["m 1", *first[2:], "m 8"]] * 2
+
+
+def test_a_look_at_held_out_pictures_of_which_none_can_be_read_says_what_to_do(many: Path) -> None:
+    batches = open_batches(many, side=32, square=True, held_out=1)
+    (index,) = batches._apart
+    cut_off(many / batches.samples[index].place)
+    with pytest.raises(BadData, match=r"No held-out picture in .* can be read\. Mend them, or raise .*held_out"):
+        list(batches.held_out())
+
+
+def test_a_control_picture_that_is_broken_costs_its_sample_alone(many: Path, caplog: pytest.LogCaptureFixture) -> None:
+    maps = many.parent / "maps"
+    for number in range(200):
+        save(maps, f"m{number:03d}", (32, 32), shade=200 - number)
+    options: dict[str, Any] = {"side": 32, "square": True, "batch_size": 10, "controls": str(maps)}
+    before = [words(draw(open_batches(many, control=Control(kind="map"), **options), i)) for i in range(20)]
+    cut_off(maps / "m100.png")
+    (maps / "m101.png").write_bytes(b"no picture")
+    batches = open_batches(many, control=Control(kind="map"), **options)
+    assert len(batches.samples) == 199
+    texts = [text for number in range(20) for text in words(draw(batches, number))]
+    assert len(texts) == 199
+    assert not {"m 100", "m 101"} & set(texts)
+    assert caplog.text.count("left out: m100.png") == caplog.text.count("left out: m101.png") == 1
+    (maps / "m101.png").write_bytes((maps / "m102.png").read_bytes())
+    after = [words(draw(open_batches(many, control=Control(kind="map"), **options), i)) for i in range(20)]
+    changed = [
+        (one, other)
+        for one, other in zip(itertools.chain(*before), itertools.chain(*after), strict=True)
+        if one != other
+    ]
+    assert [one for one, _ in changed] == ["m 100"]
+
+
+def test_a_broken_picture_alone_in_its_bucket_is_read_once_and_its_draws_go_to_others(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(many, "lone", (16, 64), "lone")
+    known = open_batches(many, side=256, small="upscale", batch_size=10)
+    (turn,) = (i for i in range(known.order.batches_per_epoch) if words(draw(known, i)) == ["lone"])
+    before = [words(draw(known, i)) for i in range(42)]
+    cut_off(many / "lone.png")
+    batches = open_batches(many, side=256, small="upscale", batch_size=10)
+    reads: list[int] = []
+    read = batches.source.picture
+    monkeypatch.setattr(batches.source, "picture", lambda index: (reads.append(index), read(index))[1])
+    after = [words(draw(batches, i)) for i in range(42)]
+    assert [i for i in range(42) if before[i] != after[i]] == [
+        turn,
+        *(i for i in range(21, 42) if before[i] == ["lone"]),
+    ]
+    assert len(after[turn]) == 10
+    (lone,) = (index for index, sample in batches.samples.items() if sample.key == "lone")
+    assert reads.count(lone) == 1
+    resumed = open_batches(many, side=256, small="upscale", batch_size=10)  # another process, which has seen nothing
+    assert words(draw(resumed, turn)) == after[turn]
 
 
 def test_controls_come_from_the_picture_or_from_a_folder_of_the_same_names(folder: Path, tmp_path: Path) -> None:

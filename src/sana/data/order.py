@@ -9,7 +9,7 @@ Shuffling sorts by a hash of (seed, epoch, number), which no release of a librar
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -88,6 +88,22 @@ class BucketedOrder:
         members = self._members[self._group[self._of_index[index]]]
         value = int(_hashed(np.asarray([index], np.uint64), self._salt("instead", draw, attempt))[0])
         return int(members[value % len(members)])
+
+    def stand_ins(self, draw: int, index: int) -> Iterator[int]:
+        """Yield what `instead` gives, as often as the bucket has samples, and then all of these: none is left out."""
+        members = self._members[self._group[self._of_index[index]]]
+        for attempt in range(len(members)):
+            yield self.instead(draw, index, attempt)
+        yield from (int(member) for member in members)
+
+    def elsewhere(self, draw: int) -> Iterator[int]:
+        """Yield the other draws of the epoch, for one in whose bucket nothing can be read; as pure as the order."""
+        count = self.batches_per_epoch
+        first, begin = draw - draw % count, self._salt("elsewhere", draw, 0)
+        for number in range(count):
+            other = first + (begin + number) % count
+            if other != draw:
+                yield other
 
     def _plan(self, epoch: int) -> tuple[_Ints, _Ints]:
         """Return (start, end) of each batch, in their order, and the samples that these count."""

@@ -8,6 +8,7 @@ Shapes: see `batches`.
 
 import functools
 import hashlib
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,14 @@ from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
 from sana.data.captions import choose, is_wanted, triggered
-from sana.data.examine import check_share
 from sana.data.identity import Content
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
-from sana.data.samples import BadSample, Dataset, Finding, Sample
+from sana.data.samples import BadSample, Dataset, Sample
 from sana.engine.control_maps import control_map
 from sana.errors import BadData, InvalidInput
 from sana.training.batches import Batch, collated, joined, without_some_controls
+from sana.training.broken import BrokenSamples
 from sana.training.dataset_features import DatasetFeatures, Encoders, Pictures
 from sana.training.objectives.flow_settings import DataSettings
 
@@ -75,9 +76,11 @@ class DatasetBatches:
         self.control = control
         self.source: Dataset = open_source(settings.path, prompt=settings.caption)
         self.choice = settings.choice(dropout)
-        self._bad: list[Finding] = []
+        self._broken = BrokenSamples(self.source, settings.path)
+        self._lost: set[tuple[int, int]] = set()
         self._mapped = ""
         self.samples = self._usable()
+        self._maps = self._paired() if control is not None and control.kind == "map" else None
         self.buckets = {i: self._bucket(sample) for i, sample in self.samples.items()}
         self._apart = self._kept_apart()
         seen = [i for i, sample in self.samples.items() if i not in self._apart for _ in range(sample.repeats)]
@@ -112,21 +115,34 @@ class DatasetBatches:
     def batch(self, draw: int, generator: torch.Generator) -> Batch:
         """Batch number `draw`; captions are a function of (seed, draw), `generator` empties some of the controls."""
         rng = random.Random(f"{self.seed}/captions/{draw}")
-        rows = [self._readable(draw, position) for position in self.order.batch(draw)]
+        rows = self._rows(draw)
         texts = [self._text(self.samples[index], rng) for index in rows]
         made = self._batch(rows, texts)
         return without_some_controls(made, self.control.dropout if self.control else 0.0, generator)
 
     def held_out(self) -> Iterator[Batch]:
-        """The samples kept apart with their likeliest captions; where none are, up to eight that are trained on."""
-        chosen = sorted(self._apart) or sorted(self.samples)[:8]
+        """The samples kept apart with their likeliest captions; where none are, up to eight that are trained on.
+
+        Broken ones are left out. Errors: BadData where nothing remains.
+        """
+        trained_on = (index for index in sorted(self.samples) if self._is_sound(index))
+        chosen = sorted(self._apart) or list(itertools.islice(trained_on, 8))
+        is_empty = True
         by_bucket: dict[tuple[int, int], list[int]] = {}
         for index in chosen:
             by_bucket.setdefault(self.buckets[index], []).append(index)
         for rows in by_bucket.values():
             for start in range(0, len(rows), self.size):
-                part = rows[start : start + self.size]
+                part = [index for index in rows[start : start + self.size] if self._is_sound(index)]
+                if not part:
+                    continue
+                is_empty = False
                 yield self._batch(part, [self.caption(index) for index in part])
+        if is_empty:
+            raise BadData(
+                f"No held-out picture in {self.settings.path} can be read. Mend them, or raise"
+                " flow_matching.data.held_out."
+            )
 
     def caption(self, index: int) -> str:
         """The first caption of a sample, with the trigger in it."""
@@ -152,41 +168,47 @@ class DatasetBatches:
             control=None if controls is None else torch.stack(controls).to(self.device),
         )
 
-    def _readable(self, draw: int, position: int) -> int:
-        """The sample at a position of the order, or another of its bucket if its picture turns out to be broken."""
-        place = position
-        for attempt in range(len(self._numbers) + 8):
-            index = self._numbers[place]
-            try:
-                self.features.picture(LATENTS, index)
-            except BadSample as error:
-                self._report(error.finding)
-                place = self.order.instead(draw, position, attempt)
-            else:
-                return index
-        raise BadData(f"No picture of the bucket {self.buckets[self._numbers[position]]} can be read.")
+    def _rows(self, draw: int) -> list[int]:
+        """The samples of a draw, or those of another one of its epoch if nothing in its bucket can be read."""
+        for turn in itertools.chain((draw,), self.order.elsewhere(draw)):
+            rows = [self._sound(turn, position) for position in self.order.batch(turn)]
+            found = [row for row in rows if row is not None]
+            if found:
+                return found
+        raise BadData(f"No picture in {self.settings.path} can be read.")
+
+    def _sound(self, draw: int, position: int) -> int | None:
+        """The sample at a position of the order, or another of its bucket if it turns out to be broken."""
+        bucket = self.buckets[self._numbers[position]]
+        if bucket in self._lost:
+            return None
+        for place in itertools.chain((position,), self.order.stand_ins(draw, position)):
+            if self._is_sound(self._numbers[place]):
+                return self._numbers[place]
+        self._lost.add(bucket)
+        return None
+
+    def _is_sound(self, index: int) -> bool:
+        """Whether the picture and the control picture of a sample can be read."""
+        return self._broken.read(index, self._pictures) is not None
+
+    def _pictures(self, index: int) -> list[Tensor]:
+        return [self.features.picture(kind, index) for kind in self.features.pictures]
 
     def _usable(self) -> dict[int, Sample]:
         """Look at all samples and return those that can be trained on, by their number."""
         found: dict[int, Sample] = {}
         small: list[Sample] = []
-        for finding in self.source.findings:
-            if finding.is_broken:
-                self._report(finding, check=False)
         for index in range(len(self.source)):
-            try:
-                sample = self.source.sample(index)
-            except BadSample as error:
-                self._report(error.finding, check=False)
-                continue
-            if not is_wanted(sample.captions, self.choice):
+            sample = self._broken.read(index, self.source.sample)
+            if sample is None or not is_wanted(sample.captions, self.choice):
                 continue
             if self._is_small(sample):
                 small.append(sample)
                 if self.settings.small == "skip":
                     continue
             found[index] = sample
-        self._judge(len(found))
+        self._broken.counted(len(found))
         if small and self.settings.small == "refuse":
             raise InvalidInput(_small_told(small, self.side))
         if small:
@@ -195,19 +217,6 @@ class DatasetBatches:
         if not found:
             raise BadData(f"No picture in {self.settings.path} can be trained on; all are small or score low.")
         return found
-
-    def _report(self, finding: Finding, check: bool = True) -> None:
-        """Note a broken sample once. Errors: BadData when there are too many."""
-        if finding in self._bad:
-            return
-        self._bad.append(finding)
-        _log.warning("left out: %s", finding)
-        if check:
-            self._judge(len(self.samples))
-
-    def _judge(self, usable: int) -> None:
-        total = usable + sum(finding.samples for finding in self._bad)
-        check_share(self._bad, total, where=self.settings.path)
 
     def _bucket(self, sample: Sample) -> tuple[int, int]:
         return bucket_for(sample.width, sample.height, self.side, aspect=not self.settings.square)
@@ -248,21 +257,37 @@ class DatasetBatches:
         """What reads the control picture of a sample, and what decides it beside the picture."""
         if control.kind != "map":
             return lambda index: control_map(control.kind, self.picture(index)), control.kind
-        paired = open_source(self.settings.controls, prompt="control")
-        numbers = {paired.sample(i).key: i for i in range(len(paired))}
-        missing = [sample.place for sample in self.samples.values() if sample.key not in numbers]
-        if missing:
-            raise InvalidInput(
-                f"{len(missing)} pictures have no control picture of the same name in {self.settings.controls}, the"
-                f" first is {missing[0]}."
-            )
+        assert self._maps is not None
+        paired, numbers = self._maps
 
         def read(index: int) -> Image.Image:
             height, width = self.buckets[index]
             return cut(paired.picture(numbers[self.samples[index].key]), height, width, upscale=True)
 
-        self._mapped = paired.identity(captions=False)
         return read, self._mapped
+
+    def _paired(self) -> tuple[Dataset, dict[str, int]]:
+        """The control pictures, and their numbers by the keys of the samples; those of broken ones are left out."""
+        paired = open_source(self.settings.controls, prompt="control")
+        numbers: dict[str, int] = {}
+        unread = [finding for finding in paired.findings if finding.is_broken]
+        for index in range(len(paired)):
+            try:
+                numbers[paired.sample(index).key] = index
+            except BadSample as error:
+                unread.append(error.finding)
+        missing = [index for index, sample in self.samples.items() if sample.key not in numbers]
+        if len(missing) > sum(finding.samples for finding in unread):
+            raise InvalidInput(
+                f"{len(missing)} pictures have no control picture of the same name in {self.settings.controls}, the"
+                f" first is {self.samples[missing[0]].place}."
+            )
+        for finding in unread if missing else ():
+            self._broken.note(finding)
+        for index in missing:
+            del self.samples[index]
+        self._mapped = paired.identity(captions=False)
+        return paired, numbers
 
 
 class PriorBatches:
