@@ -357,6 +357,21 @@ def test_instance_and_prior_share_a_batch(folder: Path, tmp_path: Path) -> None:
     assert [words(one) for one in both.held_out()] == [words(one) for one in instance.held_out()]
 
 
+def test_instance_and_prior_bring_their_own_control_pictures(folder: Path, tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    for number in range(12):
+        save(maps, f"p{number:02d}", (64, 64), shade=200 - number)
+    save(tmp_path / "class", "c0", (512, 512))
+    options: dict[str, Any] = {"square": True, "side": 352}
+    instance = open_batches(folder, control=Control(kind="map"), controls=str(maps), **options)
+    prior = open_batches(tmp_path / "class", control=Control(kind="canny"), caption="a dog", **options)
+    batch = draw(PriorBatches(instance, prior, 1.0), 4)
+    own = draw(instance, 4)
+    assert batch.control.shape == batch.latents.shape
+    assert torch.equal(batch.control[:2], own.control)
+    assert torch.equal(batch.control[2:], draw(prior, 4).control)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -385,6 +400,15 @@ def test_instance_and_prior_share_a_batch(folder: Path, tmp_path: Path) -> None:
         (
             {"data": {"path": "a", "square": True}, "prior": {"prompt": "a", "folder": "b", "weight": 0.0}},
             "prior.weight must be positive, but is 0.0; omit the table",
+        ),
+        (
+            {
+                "data": {"path": "a", "square": True, "controls": "c"},
+                "prior": {"prompt": "a", "folder": "b"},
+                "train": "controlnet",
+                "control": {"kind": "map"},
+            },
+            r'\[flow_matching.prior\] has no control pictures, so kind = "map" does not go with it',
         ),
     ],
 )

@@ -356,6 +356,18 @@ def test_a_prior_is_drawn_once_and_learnt_beside(pictures: Path, tmp_path: Path)
     assert times == [file.stat().st_mtime_ns for file in sorted((tmp_path / "class").iterdir())]
 
 
+def test_a_control_network_learns_beside_a_prior(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "class" / "class-0000.png")
+    prior = {"prompt": "a blue star", "folder": str(tmp_path / "class"), "count": 1}
+    data, control = {"path": str(pictures), "square": True}, {"kind": "canny", "blocks": 1}
+    one = objective(pictures, data=data, prior=prior, train="controlnet", control=control)
+    total = one.loss(0)[0]
+    total.backward()
+    assert bool(torch.isfinite(total))
+    assert any(p.grad is not None and bool(p.grad.any()) for p in one.module.parameters())
+
+
 def test_a_model_with_a_time_of_its_own_scale_is_told_it_untruncated(pictures: Path) -> None:
     dense = objective(pictures, model={"timestep_scale": 0.001})
     levels = dense._levels(64, torch.Generator().manual_seed(0))

@@ -61,8 +61,10 @@ def joined(one: Batch, other: Batch, weight: float) -> Batch:
     """Return both batches as one, the samples of the second with a weight; texts are padded to one length.
 
     The mean over the whole is the mean of the first plus `weight` times the mean of the second, as in prior
-    preservation (DreamBooth, arXiv 2208.12242, equation 2).
+    preservation (DreamBooth, arXiv 2208.12242, equation 2). Both have control pictures, or neither has.
     """
+    controls = [batch.control for batch in (one, other) if batch.control is not None]
+    assert len(controls) in (0, 2)
     length = max(one.embeds.shape[1], other.embeds.shape[1])
     first, second = len(one.latents), len(other.latents)
     total = first + second
@@ -71,6 +73,7 @@ def joined(one: Batch, other: Batch, weight: float) -> Batch:
         latents=torch.cat([one.latents, other.latents]),
         embeds=torch.cat([_lengthened(one.embeds, length), _lengthened(other.embeds, length)]),
         mask=torch.cat([_lengthened(one.mask, length), _lengthened(other.mask, length)]),
+        control=torch.cat(controls) if controls else None,
         weights=weights.to(one.latents.device),
     )
 
