@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_objectives import AUTOENCODER, CPU, run
 
 from look_checks import Checks
 from sana.checkpoints.autoencoder import AutoencoderDC
-from sana.errors import InvalidInput
+from sana.errors import BadData, InvalidInput
 from sana.models.dc_ae import DCAutoencoder
 from sana.models.dc_ae_blocks import DownBlock, UpBlock
 from sana.training.autoencoder_pictures import DatasetPictures, DrawnPictures, cell_labels
@@ -232,6 +233,51 @@ def test_pictures_of_the_disk_are_cropped_by_draw_and_some_are_held_out(pictures
     assert set(source._held).isdisjoint(source._trained)
     assert len(source._held) + len(source._trained) == 11
     assert source.batch(random.Random(0), 0, 32).pixels.shape[0] == 32  # more than there are
+
+
+def test_bare_pictures_are_read_as_those_with_captions_are(pictures: Path, tmp_path: Path) -> None:
+    for file in pictures.glob("*.png"):
+        shutil.copy(file, tmp_path)
+    bare, told = (DatasetPictures(folder, seed=0, size=128, batch_size=4) for folder in (tmp_path, pictures))
+    assert bare.content == told.content
+    assert torch.equal(bare.held_out(0, 64), told.held_out(0, 64))
+    assert torch.equal(bare.batch(random.Random(5), 5, 4).pixels, told.batch(random.Random(5), 5, 4).pixels)
+
+
+def test_broken_pictures_are_left_out_of_crops_and_looks_until_they_are_too_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(200):
+        Image.new("RGB", (64, 64), (number, number, number)).save(tmp_path / f"{number:03d}.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+
+    def shades(source: DatasetPictures) -> tuple[list[int], list[int]]:
+        seen = torch.cat([source.batch(random.Random(draw), draw, 9).pixels for draw in range(20)])
+        trained, held = (256 * (pixels.mean((1, 2, 3)) + 1) / 2 for pixels in (seen, source.held_out(0, 64)))
+        return trained.int().tolist(), held.int().tolist()
+
+    trained, held = shades(DatasetPictures(tmp_path, seed=0, size=64, batch_size=9))
+    assert caplog.text.count("left out: gone.png") == 1
+    assert sorted((*trained, *held)) == list(range(200))
+    (tmp_path / "gone.png").unlink()
+
+    def cut_off(number: int) -> None:
+        whole = (tmp_path / f"{number:03d}.png").read_bytes()
+        (tmp_path / f"{number:03d}.png").write_bytes(whole[:-30])
+
+    cut_off(trained[30])
+    source = DatasetPictures(tmp_path, seed=0, size=64, batch_size=9)
+    after, same = shades(source)
+    assert [(i, one) for i, one in enumerate(trained) if one != after[i]] == [(30, trained[30])]
+    assert same == held
+    assert caplog.text.count(f"left out: {trained[30]:03d}.png") == 1
+    cut_off(held[0])
+    source = DatasetPictures(tmp_path, seed=0, size=64, batch_size=9)
+    assert source.held == len(source.held_out(0, 64)) == len(held)
+    assert held[0] not in shades(source)[1]
+    (tmp_path / f"{trained[60]:03d}.png").write_bytes(b"no picture")
+    with pytest.raises(BadData, match=r"3 of 200 samples in .* are broken \(1\.5%\)"):
+        shades(DatasetPictures(tmp_path, seed=0, size=64, batch_size=9))
 
 
 def test_an_autoencoder_learns_from_pictures_of_the_disk(pictures: Path, tmp_path: Path) -> None:

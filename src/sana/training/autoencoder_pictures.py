@@ -3,6 +3,7 @@
 Shapes: B batch, H W picture size, h w latent size (H / 32).
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from sana.data.cutout_shapes import KINDS
 from sana.data.identity import Content
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
-from sana.data.samples import Source
-from sana.errors import InvalidInput
+from sana.data.samples import Dataset
+from sana.errors import BadData, InvalidInput
+from sana.training.broken import BrokenSamples
 
 CELL = 32
 HELD_OUT_PICTURES = 64
@@ -104,41 +106,55 @@ class DrawnPictures:
 class DatasetPictures:
     """Random square crops of the pictures of a data set, half of them mirrored; a tenth, at most 64, is held out."""
 
-    def __init__(self, path: str | Path, seed: int, size: int, batch_size: int, source: Source | None = None) -> None:
-        """Open a data set, or take one.
+    def __init__(self, path: str | Path, seed: int, size: int, batch_size: int, source: Dataset | None = None) -> None:
+        """Open a data set, or take one; captions do not count.
 
         Raises:
             InvalidInput: it has fewer than two pictures, or one that is smaller than a crop.
-            ModelNotFound, BadData: there is no data set.
+            ModelNotFound: there is no data set.
+            BadData: there is no picture in it, or more than one in a hundred is broken.
         """
-        self.source, self.size = source or open_source(path), size
-        count = len(self.source)
+        self.source, self.size, self.path = source or open_source(path, prompt="a picture"), size, path
+        self._broken = BrokenSamples(self.source, str(path))
+        sound: list[int] = []
+        small: list[str] = []
+        for index in range(len(self.source)):
+            sample = self._broken.read(index, self.source.sample)
+            if sample is None:
+                continue
+            sound.append(index)
+            if min(sample.width, sample.height) < size:
+                small.append(sample.place)
+        self._count = count = len(sound)
+        self._broken.counted(count)
         if count < 2:
             raise InvalidInput(f"{path} has {count} picture, too few: one must be left to measure with. Add some.")
-        sides = [min(self.source.sample(i).width, self.source.sample(i).height) for i in range(count)]
-        small = [i for i, side in enumerate(sides) if side < size]
         if small:
-            place = self.source.sample(small[0]).place
             raise InvalidInput(
-                f"{place} is smaller than a crop of {size} pixels, as are {len(small)} of {count} pictures in all. "
+                f"{small[0]} is smaller than a crop of {size} pixels, as are {len(small)} of {count} pictures in all. "
                 "Take them out, or lower autoencoder.size."
             )
-        chosen = random.Random(f"{seed}/held-out").sample(range(count), count)
-        self.held = min(HELD_OUT_PICTURES, max(1, count // 10))
-        self._held, self._trained = sorted(chosen[: self.held]), sorted(chosen[self.held :])
+        chosen = random.Random(f"{seed}/held-out").sample(sound, count)
+        # Pixels are read here, so that every look is at as many pictures as were promised.
+        readable = (i for i in chosen if self._broken.read(i, self.source.picture) is not None)
+        self._held = sorted(itertools.islice(readable, min(HELD_OUT_PICTURES, max(1, count // 10))))
+        self.held = len(self._held)
+        self._trained = sorted(set(chosen).difference(self._held))
         size_of_batch = min(batch_size, len(self._trained))
         self._order = BucketedOrder([0] * len(self._trained), size_of_batch, seed, leftovers="drop")
 
     @property
     def content(self) -> Content:
         """What tells these pictures from others."""
-        return Content(samples=len(self.source), digest=self.source.identity(captions=False))
+        return Content(samples=self._count, digest=self.source.identity(captions=False))
 
     def batch(self, rng: random.Random, draw: int, count: int) -> Pictures:
-        """Crop the pictures of a draw; where the data set is smaller than a batch, some come twice."""
+        """Crop the pictures of a draw; where the data set is smaller than a batch, some come twice.
+
+        Errors: BadData when too many are broken.
+        """
         rows = self._order.batch(draw)
-        rows = [rows[i % len(rows)] for i in range(count)]
-        crops = [self._crop(self.source.picture(self._trained[row]), rng) for row in rows]
+        crops = [self._crop(self._picture(draw, rows[i % len(rows)]), rng) for i in range(count)]
         return Pictures(pixels=to_tensor(np.stack(crops)))
 
     def held_out(self, first: int, count: int) -> Tensor:
@@ -146,6 +162,14 @@ class DatasetPictures:
         chosen = self._held[first : first + count]
         pictures = [cut(self.source.picture(index), self.size, self.size) for index in chosen]
         return to_tensor(np.stack([np.asarray(picture) for picture in pictures]))
+
+    def _picture(self, draw: int, position: int) -> Image.Image:
+        """The picture at a position of the order, or another if it turns out to be broken."""
+        for place in itertools.chain((position,), self._order.stand_ins(draw, position)):
+            picture = self._broken.read(self._trained[place], self.source.picture)
+            if picture is not None:
+                return picture
+        raise BadData(f"No picture in {self.path} can be read.")
 
     def _crop(self, picture: Image.Image, rng: random.Random) -> NDArray[np.uint8]:
         short = min(picture.size)
