@@ -134,7 +134,7 @@ def test_the_share_of_dropped_captions(folder: Path) -> None:
 class Encoded:
     """Stands for the features of 2,256 scenes with three captions of three words each, which are their numbers."""
 
-    captions = 3
+    captions, scenes = 3, 2_256
 
     def compute(self) -> Iterator[Any]:
         return iter(())
@@ -143,7 +143,7 @@ class Encoded:
         return torch.full((1, 1), -1.0)
 
     def read(self) -> Features:
-        count = 2_256
+        count = self.scenes
         starts = torch.arange(3 * count).view(count, 3) * 3
         return Features(
             latents=torch.zeros(count, 1, 1, 1),
@@ -168,6 +168,15 @@ def test_the_share_of_dropped_captions_in_the_drawn_world() -> None:
     (apart,) = often.held_out()
     assert bool((apart.embeds[:, 0, 0] >= 0).all())
     assert bool((apart.mask.sum(1) == 3).all())
+
+
+def test_a_batch_of_more_scenes_than_are_trained_on_is_refused_before_features_are_computed() -> None:
+    store: Any = Encoded()
+    assert len(draw(DrawnBatches(store, batch_size=2_000, seed=0, dropout=0.0, device=CPU), 3).latents) == 2_000
+    store.compute = None
+    sentence = r"batch_size is 2001, but of 2256 drawn scenes 256 are held out, which leaves 2000 .* or raise scenes"
+    with pytest.raises(InvalidInput, match=sentence):
+        DrawnBatches(store, batch_size=2_001, seed=0, dropout=0.0, device=CPU)
 
 
 def test_triggers_and_captions_of_the_recipe(tmp_path: Path) -> None:
@@ -392,6 +401,8 @@ def test_instance_and_prior_bring_their_own_control_pictures(folder: Path, tmp_p
         ({"data": {"path": "a"}, "prior": {"prompt": "a", "folder": "b"}}, "square = true: one size for both"),
         ({"data": {"path": "a", "controls": "b"}}, r'goes with \[flow_matching.control\] kind = "map"'),
         ({"data": {"path": "a", "small": "grow"}}, "small is refuse, skip or upscale, but not 'grow'"),
+        ({"scenes": 0}, "flow_matching.scenes must be at least 1, but is 0"),
+        ({"captions": 0}, "flow_matching.captions must be at least 1, but is 0"),
         ({"data": {"path": "a", "held_out": -1}}, "must not be negative"),
         ({"data": {"pth": "a"}}, r"flow_matching.data has no setting 'pth'. Did you mean '?path"),
         ({"start": "", "train": "lora"}, "needs a model to start from: set start"),

@@ -1,12 +1,14 @@
 """The three objectives, small: their numbers, their data, and what they export."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sana.checkpoints import storage
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import load_parts
 from sana.data import cutouts
@@ -181,6 +183,37 @@ def test_features_are_what_the_encoders_give_and_are_made_once(
     encoded = PromptEncoder(*load_text(encoders[1])).encode([text], COMPLEX_HUMAN_INSTRUCTION).embeds[0]
     start, length = int(found.starts[70, 1]), int(found.lengths[70, 1])
     torch.testing.assert_close(found.text[start : start + length].float(), encoded, rtol=2e-3, atol=2e-3)
+
+
+def test_features_appear_whole_and_what_killed_processes_left_goes(
+    encoders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SHARD", 32)
+    store = FeatureStore(tmp_path, *encoders, scenes=64, captions=1, seed=0)
+    list(store.compute("text"))
+    for folder in (store.latents_folder, store.text_folder):  # also beside shards that are there by now
+        folder.mkdir(exist_ok=True)
+        for name in ("00000.partial-123", ".00000.safetensors.saving-123-abc"):
+            (folder / name).write_bytes(b"half")
+            os.utime(folder / name, (0, 0))
+        (folder / "00001.partial-456").write_bytes(b"another process is at it")
+    synced: list[Path] = []
+    real = storage.sync
+    monkeypatch.setattr(storage, "sync", lambda path: (synced.append(path), real(path)))
+    assert len(list(store.compute())) == 2
+    for folder in (store.latents_folder, store.text_folder):
+        names = ["00000.safetensors", "00001.partial-456", "00001.safetensors"]
+        assert sorted(file.name for file in folder.iterdir()) == names
+    assert synced.count(store.latents_folder) == 2, "the name of each shard is on the disk"
+    assert len(synced) == 4
+    before = store.read()
+    for file in tmp_path.rglob("*.safetensors"):  # as earlier versions wrote them, without a digest
+        save_file(load_file(file), file)
+    after = FeatureStore(tmp_path, *encoders, scenes=64, captions=1, seed=0)
+    assert not list(after.compute())
+    found = after.read()
+    assert torch.equal(found.latents, before.latents)
+    assert torch.equal(found.text, before.text)
 
 
 def test_flow_matching_learns_and_its_export_is_a_pipeline_for_the_reference(

@@ -39,6 +39,8 @@ LAST = ("model_index.json", "config.json", "scheduler_config.json", "state.json"
 _STALE_NAME = re.compile(r"(\w+/)?\w[\w.-]*\.(safetensors|bin|json)")
 _FORGOTTEN = 24 * 3600.0
 """Seconds after which a folder of a save is an orphan on systems without locks."""
+_ABANDONED = 3600.0
+"""Seconds after which an unfinished single file belongs to nobody, where several processes write to one folder."""
 _warned: set[str] = set()
 _log = logging.getLogger(__name__)
 
@@ -242,6 +244,18 @@ def sweep(folder: Path) -> None:
             _unlock(held)
     for orphan in folder.glob(f".*.{STAGE[1:]}*"):
         orphan.unlink(missing_ok=True)
+
+
+def sweep_shared(folder: Path, *former: str) -> None:
+    """Remove the unfinished single files of killed processes from a folder to which others may be writing just now.
+
+    `former` are patterns of the names that they had in earlier versions.
+    """
+    for pattern in (f".*{STAGE}*", *former):
+        for orphan in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # another process was faster, or the folder may only be read
+                if orphan.is_file() and time.time() - orphan.stat().st_mtime > _ABANDONED:
+                    orphan.unlink()
 
 
 def _move(source: Path, target: Path) -> None:

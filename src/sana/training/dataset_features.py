@@ -7,10 +7,8 @@ stopped goes on at the first shard that is missing, and several processes may sh
 Shapes: C latent channels, h w latent size, T text length, E text width.
 """
 
-import contextlib
 import hashlib
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sana.checkpoints.digests import hub_digest, verified
-from sana.checkpoints.storage import STAGE, publish, write_json
+from sana.checkpoints.storage import publish, sweep_shared, write_json
 from sana.checkpoints.tensors import DIGEST, digest_of, opened, read_tensors, write_tensors
 from sana.data.samples import BadSample
 from sana.errors import CheckpointError, NonFinite
@@ -36,8 +34,6 @@ KEPT_BYTES = 1 << 31
 """Of features kept in memory; more are computed again, or read again."""
 FACTS = "features.json"
 """File in the folder of a kind that says what it holds; it appears when all the shards are there."""
-_ORPHAN_AGE = 3600.0
-"""Seconds after which an unfinished file belongs to nobody: others may be computing beside this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +163,12 @@ class DatasetFeatures:
         Errors: NonFinite naming the picture; OSError naming the file that could not be written.
         """
         shards = self.shards(share)
+        for place in dict.fromkeys(target.parent for _, target in shards):
+            sweep_shared(place)
         for done, (kind, target) in enumerate(shards, 1):
             if target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
             made = self._shard(kind, self.span(kind, target), tell)
             publish(target, lambda beside, made=made: write_tensors(beside, made))  # type: ignore[misc]
             yield target, done, len(shards)
@@ -265,14 +262,6 @@ def _finite(tensor: Tensor, what: str, encoder: str) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise NonFinite(f"The {encoder} made NaN or infinity of {what}. Use another model, or leave it out.")
     return tensor
-
-
-def _sweep(target: Path) -> None:
-    """Remove what a killed process left of this file."""
-    for orphan in target.parent.glob(f".{target.name}{STAGE}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if time.time() - orphan.stat().st_mtime > _ORPHAN_AGE:
-                orphan.unlink()
 
 
 def _content(folder: Path) -> bytes:

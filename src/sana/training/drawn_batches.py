@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sana.errors import InvalidInput
 from sana.training.batches import Batch, without_some_controls
 from sana.training.features import Features, FeatureStore
 
@@ -28,7 +29,16 @@ class DrawnBatches:
         device: torch.device,
         control_dropout: float = 0.0,
     ) -> None:
-        """Compute the features that are missing, and read them all."""
+        """Compute the features that are missing, and read them all.
+
+        Errors: InvalidInput, before anything is computed, when fewer scenes are trained on than a batch holds.
+        """
+        self._training = store.scenes - HELD_OUT
+        if batch_size > self._training:
+            raise InvalidInput(
+                f"run.batch_size is {batch_size}, but of {store.scenes} drawn scenes {HELD_OUT} are held out, which"
+                f" leaves {max(0, self._training)} to train on. Lower it, or raise scenes."
+            )
         for _ in store.compute():
             pass
         self.store, self.size, self.seed, self.dropout, self.device = store, batch_size, seed, dropout, device
@@ -37,7 +47,6 @@ class DrawnBatches:
         # One width for all batches: compiled code is made once, and the attention to a few words is cheap.
         self._width = math.ceil(int(self.features.lengths.max()) / 8) * 8
         self.null: Tensor = store.null().to(device)
-        self._training = len(self.features.latents) - HELD_OUT
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, draw: int, generator: torch.Generator) -> Batch:

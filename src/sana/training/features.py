@@ -9,7 +9,6 @@ E text width.
 
 import functools
 import hashlib
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.layout import read_json
+from sana.checkpoints.storage import publish, sweep_shared
+from sana.checkpoints.tensors import write_tensors
 from sana.checkpoints.text_parts import load_text_encoder, load_tokenizer
 from sana.data import cutouts
 from sana.data.cutout_captions import caption
@@ -36,6 +37,8 @@ from sana.training.objectives.autoencoder import cell_labels, to_tensor
 
 SHARD = 1024
 ENCODE_BATCH = 32
+_FORMER = "*.partial-*"
+"""Names of unfinished shards that were written before `publish` named them."""
 
 
 def scene_of(seed: int, index: int) -> cutouts.Scene:
@@ -80,7 +83,7 @@ def fingerprint(folder: Path, prefix: str = "", *others: str) -> str:
 
 
 class FeatureStore:
-    """Computes and reads the features of `scenes` drawn scenes below `folder`."""
+    """Computes and reads the features of `scenes` drawn scenes, or as many as fill the last shard, below `folder`."""
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class FeatureStore:
         scale = str(read_json(autoencoder / "config.json").get("scaling_factor"))
         words = (text / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
         self.shards, self.captions, self.seed = -(-scenes // SHARD), captions, seed
+        self.scenes = self.shards * SHARD
         self.latents_folder = folder / f"latents-{fingerprint(autoencoder, 'encoder.', scale)}-{seed}"
         self.control, self.control_folder = control, folder / f"{control}-{self.latents_folder.name}"
         self.terse, said = terse, f"-terse-{terse}" if terse else ""
@@ -126,13 +130,13 @@ class FeatureStore:
             if kind not in (name, "both"):
                 continue
             folder.mkdir(parents=True, exist_ok=True)
+            sweep_shared(folder, _FORMER)
             for shard in range(self.shards):
                 target = folder / f"{shard:05d}.safetensors"
                 if target.exists():
                     continue
-                partial = target.with_suffix(f".partial-{os.getpid()}")
-                save_file(make(shard), partial)
-                partial.rename(target)
+                made = make(shard)
+                publish(target, lambda beside, made=made: write_tensors(beside, made))  # type: ignore[misc]
                 yield str(target)
 
     @functools.cached_property

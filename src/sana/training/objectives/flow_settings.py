@@ -159,6 +159,9 @@ class FlowMatchingSettings:
             raise InvalidInput(f"flow_matching.dropout must lie in [0, 1), but is {self.dropout}.")
         if not 0 <= self.terse <= 1:
             raise InvalidInput(f"flow_matching.terse is a share of the captions, 0 to 1, but is {self.terse}.")
+        for name in ("scenes", "captions"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"flow_matching.{name} must be at least 1, but is {getattr(self, name)}.")
         drawn = changed(self, "terse", "scenes", "captions")
         if drawn and self.data:
             raise InvalidInput(
