@@ -17,7 +17,7 @@ from sana.errors import BadData, InvalidInput
 from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
 from sana.training.dataset_features import Encoders
 from sana.training.drawn_batches import DrawnBatches
-from sana.training.features import Features, scene_of
+from sana.training.drawn_features import Features, scene_of
 from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from sana.training import dataset_features
 from sana.training.config import OptimizerSettings, Recipe, RunSettings
 from sana.training.dataset_batches import DatasetBatches
 from sana.training.dataset_features import FACTS, DatasetFeatures, Encoders, Pictures
-from sana.training.features import scene_of
+from sana.training.drawn_features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings

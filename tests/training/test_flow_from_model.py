@@ -29,7 +29,7 @@ from sana.errors import CheckpointError, InvalidInput
 from sana.flow.density import loss_weights
 from sana.memory.offload import Shelf
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.features import scene_of
+from sana.training.drawn_features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.base import LookLeft
 from sana.training.objectives.flow_matching import FlowMatchingObjective

@@ -17,12 +17,13 @@ from sana.data.cutout_shapes import KINDS
 from sana.errors import CheckpointError
 from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
-from sana.training import features
+from sana.training import drawn_features
+from sana.training.autoencoder_pictures import cell_labels, to_tensor
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.drawn_batches import HELD_OUT, DrawnBatches
-from sana.training.features import FeatureStore, fingerprint, load_text, scene_of
+from sana.training.drawn_features import FeatureStore, fingerprint, load_text, scene_of
 from sana.training.loop import Trainer
-from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings, cell_labels, to_tensor
+from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings, scene_labels
@@ -165,7 +166,7 @@ def test_the_shared_instruction_gives_what_reading_it_whole_gives() -> None:
 def test_features_are_what_the_encoders_give_and_are_made_once(
     encoders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "SHARD", 64)
+    monkeypatch.setattr(drawn_features, "SHARD", 64)
     store = FeatureStore(tmp_path, *encoders, scenes=100, captions=2, seed=0)
     with pytest.raises(CheckpointError, match="4 feature shards are missing"):
         store.read()
@@ -188,7 +189,7 @@ def test_features_are_what_the_encoders_give_and_are_made_once(
 def test_features_appear_whole_and_what_killed_processes_left_goes(
     encoders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "SHARD", 32)
+    monkeypatch.setattr(drawn_features, "SHARD", 32)
     store = FeatureStore(tmp_path, *encoders, scenes=64, captions=1, seed=0)
     list(store.compute("text"))
     for folder in (store.latents_folder, store.text_folder):  # also beside shards that are there by now
@@ -221,7 +222,7 @@ def test_flow_matching_learns_and_its_export_is_a_pipeline_for_the_reference(
 ) -> None:
     import diffusers
 
-    monkeypatch.setattr(features, "SHARD", 160)
+    monkeypatch.setattr(drawn_features, "SHARD", 160)
     settings = FlowMatchingSettings(
         model=TRANSFORMER,
         autoencoder=str(encoders[0]),

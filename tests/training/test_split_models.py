@@ -18,7 +18,7 @@ from sana.checkpoints.folder import save_parts
 from sana.data import cutouts
 from sana.errors import NonFinite
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.features import scene_of
+from sana.training.drawn_features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.autoencoder import AutoencoderObjective, AutoencoderSettings
 from sana.training.objectives.base import Objective

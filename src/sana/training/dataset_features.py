@@ -25,7 +25,7 @@ from sana.checkpoints.tensors import DIGEST, digest_of, opened, read_tensors, wr
 from sana.data.samples import BadSample
 from sana.errors import CheckpointError, NonFinite
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
-from sana.training.objectives.autoencoder import to_tensor
+from sana.training.autoencoder_pictures import to_tensor
 from sana.training.starting import StartModel
 
 SHARD = 128

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sana.errors import InvalidInput
 from sana.training.batches import Batch, without_some_controls
-from sana.training.features import Features, FeatureStore
+from sana.training.drawn_features import Features, FeatureStore
 
 HELD_OUT = 256
 

@@ -29,7 +29,7 @@ from sana.training.config import RunSettings, build
 from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
 from sana.training.dataset_features import Encoders
 from sana.training.drawn_batches import DrawnBatches
-from sana.training.features import FeatureStore, load_text
+from sana.training.drawn_features import FeatureStore, load_text
 from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, PriorSettings, table
 from sana.training.priors import draw_missing
 from sana.training.starting import StartModel

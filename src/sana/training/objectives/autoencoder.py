@@ -32,21 +32,13 @@ from sana.data.cutout_shapes import KINDS
 from sana.data.identity import Content
 from sana.models.dc_ae import DCAutoencoder
 from sana.models.patch_discriminator import PatchDiscriminator
-from sana.training.autoencoder_pictures import (
-    CELL,
-    DatasetPictures,
-    DrawnPictures,
-    Pictures,
-    PictureSource,
-    cell_labels,
-    to_tensor,
-)
+from sana.training.autoencoder_pictures import CELL, DatasetPictures, DrawnPictures, Pictures, PictureSource
 from sana.training.config import RunSettings
 from sana.training.objectives.autoencoder_settings import AutoencoderSettings
 from sana.training.objectives.base import MAIN, Check, unasked
 from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, mean_square, psnr, squared_error
 
-__all__ = ["AutoencoderObjective", "AutoencoderSettings", "cell_labels", "load_autoencoder", "to_tensor"]
+__all__ = ["AutoencoderObjective", "AutoencoderSettings", "load_autoencoder"]
 
 PLAYERS = ("generator", "discriminator")
 PREVIEWED = 8

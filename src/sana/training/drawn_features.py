@@ -33,7 +33,7 @@ from sana.engine.control_maps import control_map
 from sana.errors import CheckpointError
 from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
-from sana.training.objectives.autoencoder import cell_labels, to_tensor
+from sana.training.autoencoder_pictures import cell_labels, to_tensor
 
 SHARD = 1024
 ENCODE_BATCH = 32
