@@ -148,6 +148,26 @@ def test_the_student_begins_with_noise_or_with_what_it_drew(
     assert sum(found) / len(found) == pytest.approx(wanted, abs=0.03)
 
 
+def test_every_draw_takes_as_many_passes_where_weights_are_split(tiny_teacher: LinearDiT) -> None:
+    """All processes gather them at once; whether one has something to draw first is a matter of its draw."""
+    often = dataclasses.replace(MATCHING, max_time_probability=0.85)
+    alone = SprintObjective(often, RUN, CPU)
+    split = SprintObjective(often, dataclasses.replace(RUN, shard=True), CPU)
+    passes: dict[str, list[int]] = {"alone": [], "split": []}
+    for name, objective in (("alone", alone), ("split", split)):
+        block = objective.student.transformer_blocks[0]
+        block.register_forward_hook(lambda *_, name=name: passes[name].append(draw))
+    for draw in range(8):
+        for turn in alone.turns:
+            assert torch.equal(alone.loss(draw, turn)[0], split.loss(draw, turn)[0])
+    assert [passes["split"].count(draw) for draw in range(8)] == [4] * 8
+    assert {passes["alone"].count(draw) for draw in range(8)} == {2, 4}
+    never = SprintObjective(dataclasses.replace(often, max_time_probability=1.0), split.run, CPU)
+    never.student.transformer_blocks[0].register_forward_hook(lambda *_: passes["split"].append(8))
+    never.loss(0)
+    assert passes["split"].count(8) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -91,10 +91,17 @@ class MatchingLoss:
     """What the student draws moves to where the teacher finds it more likely than the critic does."""
 
     def __init__(
-        self, settings: SprintSettings, teacher: Backbone, student: Backbone, critic: Backbone, shift: float
+        self,
+        settings: SprintSettings,
+        teacher: Backbone,
+        student: Backbone,
+        critic: Backbone,
+        shift: float,
+        *,
+        split: bool = False,
     ) -> None:
-        """Samples are compared at even levels under `shift`."""
-        self.settings, self.shift = settings, shift
+        """Samples are compared at even levels under `shift`; `split` says that processes share the weights."""
+        self.settings, self.shift, self.split = settings, shift, split
         self.teacher, self.student, self.critic = teacher, student, critic
 
     def of_generator(self, student: Network, given: Given) -> Told:
@@ -120,6 +127,9 @@ class MatchingLoss:
         x = given.noise(given.latents)
         t = torch.full((count,), MAX_ANGLE, device=x.device)
         if first == count:
+            if self.split and share < 1:
+                # Another process may have some to draw, and all gather split weights equally often.
+                consistent(network_of(self.student, given.under.since(-1), given.guidance[-1:]), x[-1:], t[-1:])
             return x, t
         student = network_of(self.student, given.under.since(first), given.guidance[first:])
         once = consistent(student, x[first:], t[first:])

@@ -92,7 +92,9 @@ class SprintObjective:
             self.losses.append((settings.adversarial_weight, self.two_sided[-1]))
         if critic is not None:
             own = dataclasses.replace(self.teacher, transformer=critic)
-            self.two_sided.append(MatchingLoss(settings, self.teacher, self.network, own, self.origin.shift))
+            self.two_sided.append(
+                MatchingLoss(settings, self.teacher, self.network, own, self.origin.shift, split=run.shard)
+            )
             self.losses.append((settings.matching_weight, self.two_sided[-1]))
         self.module.heads.requires_grad_(bool(settings.adversarial_weight))
         self.module.log_variance.requires_grad_(bool(settings.consistency_weight))
