@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from sana.checkpoints.autoencoder import AutoencoderDC
 from sana.checkpoints.folder import save_parts
+from sana.checkpoints.pretrained import SanaTransformer2DModel
 from sana.data import cutouts
 from sana.errors import NonFinite
+from sana.flow.schedulers import SCMScheduler
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.drawn_features import scene_of
 from sana.training.loop import Trainer
@@ -26,6 +28,7 @@ from sana.training.objectives.flow_matching import FlowMatchingObjective
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.objectives.sprint.students import student_of
 from tiny_model import make_tiny_parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,12 +39,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"train": "lora", "lora": {"rank": 2, "targets": ["to_q", "to_v", "to_out.0", "conv_point"], "dora": True}},
     "controlnet": {"train": "controlnet", "control": {"kind": "canny", "blocks": 1}},
-    "matching": {"adversarial_weight": 0.0, "matching_weight": 1.0, "warmup_steps": 4},
+    "matching": {
+        "adversarial_weight": 0.0,
+        "matching_weight": 1.0,
+        "warmup_steps": 4,
+        "max_time_probability": 0.85,  # some processes draw nothing first, while others do
+    },
+    "adapter": {
+        "train": "lora",
+        "lora": {"rank": 2, "targets": ["to_q", "to_v", "conv_point"], "dora": True},
+        "adversarial_weight": 0.0,
+        "matching_weight": 1.0,
+        "warmup_steps": 4,
+    },
     "restoring": {"phase": "full"},
     "refining": {"phase": "refine"},
     "adversarial": {"taps": (0, 1), "virtual_batch": 2, "warmup_steps": 4},
 }
-DISTILLED = ("matching", "adversarial")
+DISTILLED = ("matching", "adapter", "adversarial")
 AUTOENCODERS = ("restoring", "refining")
 
 
@@ -55,7 +70,9 @@ def built(kind: str, place: Path, run: RunSettings) -> Objective:
         return AutoencoderObjective(AutoencoderSettings(start=str(place / "vae"), size=64, **KINDS[kind]), run, CPU)
     data = {"path": str(place / "pictures"), "size": 256, "held_out": 2}
     if kind in DISTILLED:
-        told = SprintSettings(teacher=str(place / "model"), data=data, prompts=("a fox",), **KINDS[kind])
+        begun = str(place / "distilled") if kind == "adapter" else ""
+        teacher = str(place / "model")
+        told = SprintSettings(teacher=teacher, student=begun, data=data, prompts=("a fox",), **KINDS[kind])
         return SprintObjective(told, run, CPU)
     flow = FlowMatchingSettings(start=str(place / "model"), data=data, prompts=("a fox",), **KINDS[kind])
     return FlowMatchingObjective(flow, run, CPU)
@@ -100,7 +117,7 @@ def all_are_split(trainer: Trainer) -> None:
 
 
 def of_two(rank: int, folder: Path) -> None:
-    for kind in ("full", "lora", "matching"):
+    for kind in ("full", "lora", "matching", "adapter"):
         split = train(kind, folder, folder / kind, shard=True)
         all_are_split(split)
         split.export(folder / kind / "export")
@@ -110,10 +127,14 @@ def of_two(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher and a few pictures."""
+    """A tiny teacher, a model as if it was distilled from it, and a few pictures."""
     folder = tmp_path_factory.mktemp("split")
     parts = make_tiny_parts(qk_norm="rms_norm_across_heads", timestep_scale=0.001)
     save_parts(folder / "model", parts.components)
+    student = student_of(parts.transformer, 1)
+    distilled = SanaTransformer2DModel.from_config(student.config)
+    distilled.load_state_dict(student.state_dict())
+    save_parts(folder / "distilled", {**parts.components, "transformer": distilled, "scheduler": SCMScheduler()})
     (folder / "pictures").mkdir()
     for number in range(8):
         Image.fromarray(cutouts.render(scene_of(3, number))).save(folder / "pictures" / f"{number}.png")
@@ -145,7 +166,7 @@ def walk_as(found: Path, alone: Path, but: tuple[str, ...] = ()) -> None:
         torch.testing.assert_close(split[key], tensor, rtol=1e-3, atol=2e-5, msg=f"{found.name} {key}")
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "matching"])
+@pytest.mark.parametrize("kind", ["full", "lora", "matching", "adapter"])
 def test_a_model_split_over_two_processes_walks_as_one(kind: str, pair: Path, tmp_path: Path) -> None:
     alone = train(kind, pair, tmp_path / "alone", accumulate=2)
     alone.export(tmp_path / "export")

@@ -105,6 +105,24 @@ def test_an_adapter_changes_nothing_at_first_and_alone_learns(tiny_teacher: Line
     assert states.stat().st_size < sum(4 * p.numel() for p in objective.module.parameters()) * 1.2 + 10_000
 
 
+def test_an_adapter_is_what_its_module_holds_at_every_use(tiny_teacher: LinearDiT) -> None:
+    """Where weights are split over processes, others take the place of those that were attached."""
+    objective = made(LORA)
+    before = {turn: objective.loss(0, turn)[0].detach() for turn in objective.turns}
+    figure = objective.evaluate()
+    held = objective.trainable.module._parameters
+    for name, parameter in list(held.items()):
+        assert parameter is not None
+        held[name] = torch.nn.Parameter(parameter.detach() + 0.1)
+    for turn in objective.turns:
+        loss = objective.loss(0, turn)[0]
+        assert not torch.equal(loss.detach(), before[turn])
+        if turn == "generator":
+            loss.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter is not None and parameter.grad is not None for parameter in held.values())
+    assert objective.evaluate() != figure
+
+
 def test_the_derivative_in_time_passes_through_adapter_and_branch(tiny_teacher: LinearDiT) -> None:
     for settings in (LORA, CONTROL):
         objective = made(settings)

@@ -108,28 +108,20 @@ class LoraTrainable:
         self.transformer, self.settings = transformer.requires_grad_(False), settings
         generator = torch.Generator().manual_seed(seed)
         device = next(transformer.parameters()).device
+        self.module = nn.Module()
         self.updates = {
-            name: _fresh(transformer.get_submodule(name), target, settings, generator, device)
+            name: _HeldLowRank(
+                self.module, name, **_fresh(transformer.get_submodule(name), target, settings, generator, device)
+            )
             for name, target in chosen_layers(transformer, settings.targets).items()
         }
         attach(transformer, {name: [(update, 1.0)] for name, update in self.updates.items()})
-        self.module = nn.Module()
-        for name, update in self.updates.items():
-            for kind, tensor in update.tensors.items():
-                self.module.register_parameter(_flat(name, kind), tensor)  # type: ignore[arg-type]
 
     def velocity(self, x: Tensor, batch: Batch, timesteps: Tensor) -> Tensor:
         """See `Trainable`."""
-        self._hold()
         with computing(self.transformer):
             out: Tensor = self.transformer(x, batch.embeds, timesteps, encoder_attention_mask=batch.mask)[0]
         return out
-
-    def _hold(self) -> None:
-        """Let the adapters read what the module holds: where it is split over processes, that is other tensors."""
-        for name, update in self.updates.items():
-            for kind in update.tensors:
-                setattr(update, kind, self.module._parameters[_flat(name, kind)])
 
     @contextlib.contextmanager
     def absent(self) -> Iterator[None]:
@@ -141,9 +133,28 @@ class LoraTrainable:
             attach(self.transformer, {name: [(update, 1.0)] for name, update in self.updates.items()})
 
 
-def _flat(layer: str, kind: str) -> str:
-    """Return the name of an adapter's tensor as a parameter, which must not have dots."""
-    return f"{layer}.{kind}".replace(".", "/")
+def _held(kind: str) -> Any:
+    """Return a field of an update that lies in a module."""
+
+    def read(update: "_HeldLowRank") -> Tensor | None:
+        return update.module._parameters.get(f"{update.prefix}/{kind}")
+
+    def write(update: "_HeldLowRank", tensor: nn.Parameter | None) -> None:
+        if tensor is not None:
+            update.module.register_parameter(f"{update.prefix}/{kind}", tensor)
+
+    return property(read, write)
+
+
+class _HeldLowRank(LowRank):
+    """An update that reads its tensors from a module at every use: split over processes, they are others there."""
+
+    down, up, magnitude = _held("down"), _held("up"), _held("magnitude")
+
+    def __init__(self, module: nn.Module, layer: str, **fields: Any) -> None:
+        # The names of parameters must not have dots.
+        self.module, self.prefix = module, layer.replace(".", "/")
+        super().__init__(**fields)
 
 
 def chosen_layers(transformer: nn.Module, endings: tuple[str, ...]) -> dict[str, Target]:
@@ -168,18 +179,19 @@ def chosen_layers(transformer: nn.Module, endings: tuple[str, ...]) -> dict[str,
 
 def _fresh(
     layer: Any, target: Target, settings: LoraSettings, generator: torch.Generator, device: torch.device
-) -> LowRank:
+) -> dict[str, Any]:
+    """Return the fields of an update that changes nothing yet."""
     down = torch.randn((settings.rank, *target.down_shape[1:]), generator=generator) / settings.rank
     magnitude = None
     if settings.dora:
         magnitude = nn.Parameter(row_lengths(layer.weight.detach().float()))
-    return LowRank(
-        down=nn.Parameter(down.to(device)),
-        up=nn.Parameter(torch.zeros(target.outputs, settings.rank, device=device)),
-        alpha=settings.alpha or settings.rank,
-        rank_stabilised=settings.rank_stabilised,
-        magnitude=magnitude,
-    )
+    return {
+        "down": nn.Parameter(down.to(device)),
+        "up": nn.Parameter(torch.zeros(target.outputs, settings.rank, device=device)),
+        "alpha": settings.alpha or settings.rank,
+        "rank_stabilised": settings.rank_stabilised,
+        "magnitude": magnitude,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
