@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from sana.errors import InvalidInput
-
 NORM_EPS = 1e-5
 SLOPE = 0.2
 KERNEL = 9
 
 
 class LocalBatchNorm(nn.Module):
-    """Batch norm over groups of about `group` samples, without running statistics, [B, D, N] -> [B, D, N].
+    """Batch norm over groups of at most `group` samples, without running statistics, [B, D, N] -> [B, D, N].
 
-    A discriminator sees whole batches of reals or fakes: statistics of a small group give less of that away.
+    A discriminator sees whole batches of reals or fakes: statistics of a small group give less of that away. A batch
+    that does not split evenly, as a dataset's last one may not, has groups that differ by one sample.
     """
 
     def __init__(self, dim: int, group: int) -> None:
@@ -32,17 +31,20 @@ class LocalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x_BDN: Tensor) -> Tensor:
-        batch, dim, tokens = x_BDN.shape
-        groups = math.ceil(batch / self.group)
-        if batch % groups:
-            raise InvalidInput(
-                f"A batch of {batch} does not split into {groups} equal groups for the discriminator's norm. Take a"
-                f" multiple of {self.group}, or at most that."
-            )
-        x = x_BDN.view(groups, batch // groups, dim, tokens)
-        mean, variance = x.mean((1, 3), keepdim=True), x.var((1, 3), keepdim=True, unbiased=False)
-        normed = ((x - mean) * torch.rsqrt(variance + NORM_EPS)).view_as(x_BDN)
+        groups = math.ceil(len(x_BDN) / self.group)
+        size, larger = divmod(len(x_BDN), groups)
+        counts = (groups - larger, larger)
+        parts = torch.split(x_BDN, [counts[0] * size, counts[1] * (size + 1)])
+        normed = torch.cat([_whitened(part, count) for part, count in zip(parts, counts, strict=True) if count])
         return torch.addcmul(self.bias[:, None], normed, self.weight[:, None])
+
+
+def _whitened(x_BDN: Tensor, groups: int) -> Tensor:
+    """Return [B, D, N] with mean 0 and variance 1 in every channel of each of so many equal groups."""
+    batch, dim, tokens = x_BDN.shape
+    x = x_BDN.view(groups, batch // groups, dim, tokens)
+    mean, variance = x.mean((1, 3), keepdim=True), x.var((1, 3), keepdim=True, unbiased=False)
+    return ((x - mean) * torch.rsqrt(variance + NORM_EPS)).view_as(x_BDN)
 
 
 class Head(nn.Module):

@@ -67,7 +67,12 @@ class AdversarialLoss:
                 fakes.append(self._seen(given.latents.roll(1, 0), given))
         heads = self.players.heads
         on_real, on_fakes = heads(real), [heads(fake) for fake in fakes]
-        hinge = hinge_loss(on_real, torch.cat(on_fakes))
+        if len(given.latents) > 1:
+            hinge = hinge_loss(on_real, torch.cat(on_fakes))
+        else:
+            # A lone sample, as a dataset's last batch may have, has no neighbour: what was rolled is true. It goes
+            # through the heads all the same, for processes that share weights gather them equally often.
+            hinge = hinge_loss(on_real, on_fakes[0]) + 0 * torch.cat(on_fakes).sum()
         logged = {"hinge": hinge.detach(), "real": on_real.detach().mean(), "fake": on_fakes[0].detach().mean()}
         if not self.settings.gradient_penalty:
             return hinge, logged

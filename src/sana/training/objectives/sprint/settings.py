@@ -67,9 +67,10 @@ class SprintSettings:
     taps: tuple[int, ...] = ()
     """Blocks of the teacher that a head reads, from 0; empty takes the published ones, or such by depth."""
     virtual_batch: int = 8
-    """Samples that share the statistics of the heads' norm."""
+    """Samples that share the statistics of the heads' norm, at most: a batch that is no multiple of it is split into
+    groups that differ by one sample."""
     misaligned: bool = True
-    """Let true latents under the captions of their neighbours count as fakes, too."""
+    """Let true latents under the captions of their neighbours count as fakes, too; a lone sample has none."""
     gradient_penalty: float = 0.0
     """Weight of R1 on what enters the heads; the published code has 1e-5, off by default."""
     prompts: tuple[str, ...] = ()
