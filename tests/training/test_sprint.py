@@ -86,6 +86,27 @@ def test_the_warm_up_counts_the_steps_of_both_players(tiny_teacher: LinearDiT, m
     assert shares == [0, 0.25, 0.5, 1, 1, 0, 0, 0.25, 0.75]
 
 
+def test_the_warm_up_goes_on_at_its_step_when_a_step_is_fewer_draws(tiny_teacher: LinearDiT, tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    for accumulate, last in ((2, 4), (1, 6)):
+        run = dataclasses.replace(RUN, accumulate=accumulate)
+        objective = SprintObjective(SETTINGS, run, CPU)
+        trainer = Trainer(objective, run, OptimizerSettings(warmup=1), tmp_path)
+        given = objective.given
+
+        def spy(draw: int, given: Any = given) -> Any:
+            found = given(draw)
+            steps.append((draw, found.step))
+            return found
+
+        objective.given = spy  # type: ignore[method-assign]
+        reports = trainer.steps()
+        while trainer.step < last:
+            next(reports)
+        reports.close()  # type: ignore[attr-defined]
+    assert steps == [*((draw, draw // 2) for draw in range(8)), (8, 4), (9, 5)]
+
+
 @pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
 def test_the_share_of_jumps_from_pure_noise_is_a_share_and_never_an_angle(
     tiny_teacher: LinearDiT, probability: float, share: float

@@ -21,7 +21,7 @@ from sana.errors import InvalidInput, NonFinite, NotWritten, SanaError
 from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
 from sana.training.folders import Lock, check_changes, check_data
-from sana.training.objectives.base import LookLeft, Objective
+from sana.training.objectives.base import LookLeft, Objective, Resumable
 from sana.training.players import Players, check_players, holding, use_checkpointing
 from sana.training.processes import Processes
 from sana.training.records import Records
@@ -161,6 +161,8 @@ class Trainer:
         self.draws = int(saved.get("draws", self.step * self.draws_per_step))
         self.best = dict(saved.get("best", {}))
         self._look_is_due = bool(saved.get("look_is_due", False))
+        if isinstance(self.objective, Resumable):
+            self.objective.resume(self.step, self.draws)
         logger.info("resumed '%s' at step %d", self.folder, self.step)
 
     def save(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor, nn
@@ -64,6 +64,18 @@ class Objective(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the trained part into `folder`, in the layout that the loaders read."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What an objective has beside the rest when its losses depend on the step, which the draw alone does not tell.
+
+    A step may have been more micro-batches, or fewer, before the run went on.
+    """
+
+    def resume(self, step: int, draws: int) -> None:
+        """Hear, before the first loss, that the run goes on after `step` steps, at micro-batch number `draws`."""
         ...
 
 

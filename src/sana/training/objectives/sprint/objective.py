@@ -100,6 +100,7 @@ class SprintObjective:
         self.module.log_variance.requires_grad_(bool(settings.consistency_weight))
         if not self.two_sided:
             self.turns = ("generator",)
+        self._since = (0, 0)
         self.watch = Watch(self.origin, self.teacher, self.network, settings.guidance)
 
     @property
@@ -112,6 +113,10 @@ class SprintObjective:
         is_second = turn == "discriminator"
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         return [(name, p) for name, p in named if name.startswith(("heads.", "critic.")) == is_second]
+
+    def resume(self, step: int, draws: int) -> None:
+        """See `Resumable`: the warm-up counts steps."""
+        self._since = (step, draws)
 
     def loss(self, draw: int, turn: str = "generator") -> tuple[Tensor, Mapping[str, Tensor]]:
         """Loss of micro-batch `draw` for the player whose turn it is."""
@@ -132,13 +137,15 @@ class SprintObjective:
         scales = torch.tensor(self.settings.guidance, dtype=torch.float32)
         chosen = torch.randint(len(scales), (len(batch.latents),), generator=generator)
         grouped = distributed.is_available() and distributed.is_initialized()
+        draws_per_step = self.run.accumulate * (distributed.get_world_size() if grouped else 1)
+        step, draws = self._since
         under = Condition(batch.embeds, batch.mask, batch.control)
         return Given(
             latents=batch.latents,
             under=under,
             null=self._null(under),
             guidance=scales[chosen].to(self.device),
-            step=draw // (self.run.accumulate * (distributed.get_world_size() if grouped else 1)),
+            step=step + (draw - draws) // draws_per_step,
             generator=generator,
         )
 
