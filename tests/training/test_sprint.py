@@ -1,6 +1,8 @@
 """The two players of a Sprint distillation on a tiny teacher."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +280,45 @@ def test_a_look_is_left_between_the_steps_of_teacher_and_student(tiny_teacher: L
         with pytest.raises(LookLeft):
             one.preview(checks := Checks(leave_at=at))
         assert checks.calls == at
+
+
+class Apart(FakeBatches):
+    """Held-out batches of some sizes, of two shapes in turn; it counts those that are made."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.made = sizes, 0
+
+    def held_out(self) -> Iterator[Batch]:  # type: ignore[override]
+        generator = torch.Generator().manual_seed(9)
+        for number, size in enumerate(self.sizes):
+            self.made += 1
+            yield Batch(
+                latents=torch.zeros(size, 4, *((4, 4), (2, 8))[number % 2]),
+                embeds=torch.randn(size, 5, 32, generator=generator),
+                mask=torch.ones(size, 5, dtype=torch.long),
+            )
+
+
+def test_the_distance_is_that_of_the_first_held_out_samples_in_batches_of_any_size(tiny_teacher: LinearDiT) -> None:
+    def distance(*sizes: int) -> tuple[float, int, list[int]]:
+        objective = SprintObjective(SETTINGS, RUN, CPU)
+        objective.origin.batches = apart = Apart(*sizes)  # type: ignore[assignment]
+        figure = objective.evaluate()["distance"]
+        assert objective.evaluate()["distance"] == figure
+        assert objective.watch._known is not None
+        return figure, apart.made, [len(taught) for _, taught in objective.watch._known]
+
+    assert distance(40, 40) == (distance(32)[0], 1, [32])
+    assert distance(12, 8, 20, 5)[1:] == (3, [12, 8, 12])
+    both, made, rows = distance(3, 1)
+    assert (made, rows) == (2, [3, 1])
+    first = distance(3)[0]
+    second = math.sqrt(4 * both**2 - 3 * first**2)  # weighted by samples
+    assert second != pytest.approx(first)
+    assert second > 0
+    objective = SprintObjective(SETTINGS, RUN, CPU)
+    objective.origin.batches = Apart()  # type: ignore[assignment]
+    assert objective.evaluate() == {}
 
 
 def test_compiled_blocks_are_refused(tiny_teacher: LinearDiT) -> None:

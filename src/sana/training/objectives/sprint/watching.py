@@ -42,26 +42,37 @@ class Watch:
         self.origin, self.teacher, self.student = origin, teacher, student
         self.guidance = sorted(guidance)[len(guidance) // 2]
         self._shown: Batch | None = None
-        self._known: tuple[Condition, Tensor] | None = None
+        self._known: list[tuple[Condition, Tensor]] | None = None
 
     @torch.no_grad()
     def evaluate(self, null: Callable[[Condition], Condition], check: Check = unasked) -> dict[str, float]:
         """Root mean square from the student's one step to the teacher's end of the same noise."""
         if self._known is None:
-            batch = next(iter(self.origin.batches.held_out()), None)
-            if batch is None:
-                return {}
-            control = None if batch.control is None else batch.control[:WATCHED]
-            under = Condition(batch.embeds[:WATCHED], batch.mask[:WATCHED], control)
-            scale = torch.full((len(under.mask),), self.guidance, device=under.mask.device)
             angles = scm_angles(TEACHER_STEPS, intermediate_timesteps=None)
-            like = batch.latents[:WATCHED]
-            teacher = guided(self.teacher, under, null(under), scale)
-            taught = _drawn(teacher, trig_grid(angles), like, check, flow_euler)
-            self._known = under, taught
-        under, taught = self._known
-        once = _drawn(self._network(under), scm_grid(1), taught, check)
-        return {"distance": float((once - taught).square().mean().sqrt())}
+            known = []
+            for number, (under, like) in enumerate(self._held_out()):
+                scale = torch.full((len(under.mask),), self.guidance, device=under.mask.device)
+                teacher = guided(self.teacher, under, null(under), scale)
+                known.append((under, _drawn(teacher, trig_grid(angles), like, check, flow_euler, seed=number)))
+            self._known = known
+        if not self._known:
+            return {}
+        total = sum(len(taught) for _, taught in self._known)
+        squares = []
+        for number, (under, taught) in enumerate(self._known):
+            once = _drawn(self._network(under), scm_grid(1), taught, check, seed=number)
+            squares.append((once - taught).square().mean() * (len(taught) / total))
+        return {"distance": float(torch.stack(squares).sum().sqrt())}
+
+    def _held_out(self) -> Iterator[tuple[Condition, Tensor]]:
+        """The first `WATCHED` samples that are kept apart, in batches of one size each."""
+        left = WATCHED
+        for batch in self.origin.batches.held_out():
+            control = None if batch.control is None else batch.control[:left]
+            yield Condition(batch.embeds[:left], batch.mask[:left], control), batch.latents[:left]
+            left -= len(batch.latents)
+            if left <= 0:
+                return
 
     @torch.no_grad()
     def preview(self, check: Check = unasked) -> Image.Image | None:
@@ -80,9 +91,9 @@ class Watch:
         return network_of(self.student, under, scale)
 
 
-def _drawn(network: Network, grid: Grid, like: Tensor, check: Check, solver: Solver = scm) -> Tensor:
+def _drawn(network: Network, grid: Grid, like: Tensor, check: Check, solver: Solver = scm, *, seed: int = 0) -> Tensor:
     """Latents [B, C, h, w] drawn along a grid of TrigFlow levels from fixed noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     levels = grid.sigmas.to(like.device)
 
     def velocity(x: Tensor, i: int) -> Tensor:
