@@ -1,6 +1,7 @@
 """Pictures with captions as the trainer sees them: order, cuts, captions, what is broken and what is too small."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,30 @@ def test_held_out_samples_are_never_trained_on_and_do_not_depend_on_the_order(fo
     )
     with pytest.raises(InvalidInput, match="held_out is 12, but there are only 12 samples; hold out fewer"):
         open_batches(folder, held_out=12)
+
+
+def test_held_out_samples_have_their_likeliest_captions(folder: Path) -> None:
+    told: dict[str, dict[str, Any]] = {
+        "p00": {
+            "prompt": "low",
+            "score": 20,
+            "captions": [{"text": "high", "score": 31}, {"text": "same", "score": 31}],
+        },
+        "p01": {"prompt": "none reaches it", "score": 10, "captions": [{"text": "best", "score": 12}]},
+        "p02": {"prompt": "rare", "weight": 1, "captions": [{"text": "often", "weight": 3}]},
+        "p03": {"prompt": "first", "captions": [{"text": "equal"}]},
+    }
+    for file in folder.iterdir():
+        if file.suffix == ".txt" or file.stem not in told:
+            file.unlink()
+    lines = [json.dumps({"file_name": f"{name}.png", **record}) for name, record in told.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    batches = open_batches(folder)  # of a few samples all are shown
+    assert sorted(text for batch in batches.held_out() for text in words(batch)) == ["best", "first", "high", "often"]
+    first = open_batches(folder, mode="first")
+    assert {text for batch in first.held_out() for text in words(batch)} == {
+        record["prompt"] for record in told.values()
+    }
 
 
 def test_small_pictures_are_never_enlarged_silently(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

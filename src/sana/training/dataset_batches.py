@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
-from sana.data.captions import choose, is_wanted, triggered
+from sana.data.captions import choose, is_wanted, probabilities, triggered
 from sana.data.identity import Content
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
@@ -140,13 +140,14 @@ class DatasetBatches:
                 yield self._batch(part, [self.caption(index) for index in part])
         if is_empty:
             raise BadData(
-                f"No held-out picture in {self.settings.path} can be read. Mend them, or raise"
-                " flow_matching.data.held_out."
+                f"No held-out picture in {self.settings.path} can be read. Mend them, or raise data.held_out."
             )
 
     def caption(self, index: int) -> str:
-        """The first caption of a sample, with the trigger in it."""
-        return triggered(self.samples[index].captions[0].text, self.settings.trigger)
+        """The likeliest caption of a sample, the first of equals, with the trigger in it."""
+        captions = self.samples[index].captions
+        shares = probabilities(captions, self.choice)
+        return triggered(captions[shares.index(max(shares))].text, self.settings.trigger)
 
     def first_captions(self, count: int) -> tuple[str, ...]:
         """Different captions of the data, for previews: of the samples that `held_out` begins with."""
