@@ -11,7 +11,7 @@ from sana.evaluation import runner
 
 ROOT = Path(__file__).parents[2]
 REPORTS = ROOT / "recipes" / "nano" / "reports"
-OF_THE_TEACHER = {1: 0.82, 2: 0.94, 4: 0.95}
+OF_THE_TEACHER = {1: 0.85, 2: 0.95, 4: 0.95}
 """Least share of nano's 20-step score by the number of steps, a little below what is reached."""
 
 
@@ -75,7 +75,7 @@ def test_a_picture_is_followed_and_the_prompt_decides_the_colours() -> None:
 @pytest.mark.slow
 def test_the_shipped_student_still_draws_in_few_steps() -> None:
     parts = load("nano-sprint", device="cpu")
-    for steps, least in {1: 0.55, 2: 0.7, 4: 0.7}.items():
+    for steps, least in {1: 0.6, 2: 0.7, 4: 0.7}.items():
         report = runner.run("geneval", parts, runner.Settings(prompts=8, images=1, steps=(steps,))).to_dict()
         assert report["scores"]["overall"]["score"]["share"] >= least, steps
 
