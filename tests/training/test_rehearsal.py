@@ -230,6 +230,11 @@ def test_an_autoencoder_that_nothing_trains_is_named() -> None:
         estimated(load_recipe(ROOT / "recipes/autoencoder/latent.toml"), Path("runs/autoencoder/latent"))
 
 
+def test_a_branch_is_rehearsed_as_the_recipe_joins_it() -> None:
+    for told, wiring in (({}, "diffusers"), ({"flow_matching.control.wiring": "native"}, "native")):
+        assert with_values(on_nano("controlnet", **told)).trainable.network.wiring == wiring
+
+
 def stated(path: Path) -> float:
     lines = [line for line in path.read_text().splitlines() if line.startswith("# Memory: ")]
     (line,) = lines

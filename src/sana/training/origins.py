@@ -238,13 +238,16 @@ class ModelOrigin:
         return StartModel(name, self.device)
 
     def branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
-        """Return the control network that the settings begin with, or a new one for the transformer."""
-        if self.control.start:
-            network = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
-        else:
-            network = SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
+        """Return the control network that the settings begin with, or a new one for the transformer, joined as told."""
+        network = self._begun(transformer)
         network.wiring = self.control.wiring or network.wiring
-        return network.to(self.device)
+        return network
+
+    def _begun(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+        if self.control.start:
+            begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
+            return begun.to(self.device)
+        return SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
 
     def preview_batch(self) -> Batch | None:
         """See `Origin`; under a control branch, with the controls of held-out samples."""

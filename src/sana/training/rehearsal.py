@@ -116,7 +116,7 @@ class _Rehearsed(ModelOrigin):
         # A copy of the teacher takes as much.
         return None
 
-    def branch(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
+    def _begun(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
         # Tensors without values change their dtype only by being made again.
         whole = self.start.transformer(torch.float32, dict(self.settings.model))
         return SanaControlNetModel.from_transformer(whole, self.control.blocks)
