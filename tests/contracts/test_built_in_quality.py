@@ -41,8 +41,12 @@ def test_few_steps_reach_their_share_of_nanos_twenty() -> None:
     assert {run["settings"]["model"]["name"] for run in runs} == {"nano-sprint"}
     for ratio, least in zip(ratios, OF_THE_TEACHER.values(), strict=True):
         assert ratio["overall"] >= least
-    shown = [f"{run['scores']['overall']['score']['share']:.2f}" for run in runs]
-    assert any([cell.split(" ")[0] for cell in row if "±" in cell] == shown for row in cells_of("overall"))
+    for task, score in scores.items():
+        shown = [f"{score['score']['share']:.2f}"]
+        for run, ratio in zip(runs, ratios, strict=True):
+            found = run["scores"][task]["score"]
+            shown += [f"{found['share']:.2f} ± {found['half_width']:.2f}", f"{ratio[task]:.2f}"]
+        assert shown in cells_of(task), task
 
 
 def test_what_is_said_of_other_noises_is_what_was_measured() -> None:

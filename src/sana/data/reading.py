@@ -4,6 +4,7 @@ The replacement is of the same bucket and, as the order itself, a function of (s
 other places of the order stay as they are.
 """
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from sana.data.buckets import cut
@@ -14,9 +15,6 @@ from sana.errors import BadData
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-ATTEMPTS = 100
-"""Replacements that are tried before a draw is given up: with fewer broken than tolerated it never comes to that."""
 
 
 class Taken(NamedTuple):
@@ -54,18 +52,16 @@ class Reader:
         return [self._sound(draw, position) for position in self.order.batch(draw)]
 
     def _sound(self, draw: int, position: int) -> Taken:
-        wanted = position
-        for attempt in range(ATTEMPTS):
-            index = self.survey.indices[position]
+        for place in itertools.chain((position,), self.order.stand_ins(draw, position)):
+            index = self.survey.indices[place]
             if index not in self.broken:
                 try:
-                    return self._take(index, position)
+                    return self._take(index, place)
                 except BadSample as error:
                     self.broken[index] = error.finding
                     check_share([*self.survey.findings, *self.broken.values()], self.survey.total, self.tolerance)
-            position = self.order.instead(draw, wanted, attempt)
         first = next(iter(self.broken.values()))
-        raise BadData(f"No picture of the bucket {self.survey.buckets[wanted]} can be read. The first: {first}")
+        raise BadData(f"No picture of the bucket {self.survey.buckets[position]} can be read. The first: {first}")
 
     def _take(self, index: int, position: int) -> Taken:
         sample, picture, bucket = self.source.sample(index), self.source.picture(index), self.survey.buckets[position]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, distributed, nn
 
 from sana.data.identity import Content
+from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
 from sana.training import exports
 from sana.training.batches import generator_of
@@ -83,6 +84,15 @@ class SprintObjective:
         self.module = placed_like(players, self.student.scale_shift_table)
         self.losses: list[tuple[float, Loss]] = []
         self.two_sided: list[TwoSidedLoss] = []
+        self._take_up_losses(players, critic)
+        if not self.two_sided:
+            self.turns = ("generator",)
+        self._since = (0, 0)
+        self.watch = Watch(self.origin, self.teacher, self.network, settings.guidance)
+
+    def _take_up_losses(self, players: Players, critic: LinearDiT | None) -> None:
+        """Make those that the settings give a weight, and let learn what these need."""
+        settings = self.settings
         if settings.consistency_weight:
             self.losses.append(
                 (settings.consistency_weight, ConsistencyLoss(settings, players, self.teacher, self.network))
@@ -93,15 +103,11 @@ class SprintObjective:
         if critic is not None:
             own = dataclasses.replace(self.teacher, transformer=critic)
             self.two_sided.append(
-                MatchingLoss(settings, self.teacher, self.network, own, self.origin.shift, split=run.shard)
+                MatchingLoss(settings, self.teacher, self.network, own, self.origin.shift, split=self.run.shard)
             )
             self.losses.append((settings.matching_weight, self.two_sided[-1]))
         self.module.heads.requires_grad_(bool(settings.adversarial_weight))
         self.module.log_variance.requires_grad_(bool(settings.consistency_weight))
-        if not self.two_sided:
-            self.turns = ("generator",)
-        self._since = (0, 0)
-        self.watch = Watch(self.origin, self.teacher, self.network, settings.guidance)
 
     @property
     def data(self) -> Mapping[str, Content]:
