@@ -8,6 +8,7 @@ import inspect
 import itertools
 import re
 import shutil
+import sys
 import textwrap
 import types
 import typing
@@ -185,15 +186,23 @@ def _sentences(options: type[Any]) -> dict[str, str]:
     """Return field name -> the sentence under it, bases included; empty where the source is not installed."""
     sentences: dict[str, str] = {}
     for cls in reversed([cls for cls in options.__mro__ if dataclasses.is_dataclass(cls)]):
-        try:
-            definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        except OSError:
-            continue
-        body = definition.body if isinstance(definition, ast.ClassDef) else []
-        for named, after in itertools.pairwise(body):
+        for named, after in itertools.pairwise(_bodies(cls.__module__).get(cls.__name__, [])):
             if isinstance(named, ast.AnnAssign) and isinstance(named.target, ast.Name) and isinstance(after, ast.Expr):
                 sentences[named.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return sentences
+
+
+@functools.cache
+def _bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """Return the bodies of a module's classes by name; none where its source is not installed.
+
+    `inspect` would find and split the lines of each class anew, which is most of the time that a help takes.
+    """
+    try:
+        whole = ast.parse(inspect.getsource(sys.modules[module]))
+    except OSError:
+        return {}
+    return {part.name: part.body for part in whole.body if isinstance(part, ast.ClassDef)}
 
 
 def _is_flag(word: str) -> bool:
