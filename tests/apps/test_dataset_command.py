@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def write_pictures(folder: Path, count: int = 6, side: int = 96) -> Path:
     """Write noise of that many kinds with a caption each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        Image.frombytes("RGB", (6, 5), os.urandom(90)).resize((side, side - 16), 0).save(folder / f"{number}.png")
+        Image.frombytes("RGB", (6, 5), random.randbytes(90)).resize((side, side - 16), 0).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a picture of number {number}")
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def tars(sana: Sana) -> Path:
     folder = Path("pictures")
     (folder / "cats").mkdir(parents=True)
     for name in ("a.png", "b.jpg", "cats/a.png"):
-        Image.frombytes("RGB", (6, 5), os.urandom(90)).resize((96, 80), 0).save(folder / name)
+        Image.frombytes("RGB", (6, 5), random.randbytes(90)).resize((96, 80), 0).save(folder / name)
         (folder / name).with_suffix(".txt").write_text(f"what {name} shows")
     record = {"file_name": "b.jpg", "captions": [
         {"text": "one", "score": 28.5, "weight": 2.0}, {"text": "две", "name": "vlm", "score": 30.0},

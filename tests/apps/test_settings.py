@@ -196,7 +196,7 @@ def facts(order: Order) -> Any:
     return jobs, order.machine, order.writing
 
 
-@examples(deadline=None, max_examples=50)
+@examples(max_examples=50)
 @given(values=plain, count=st.none() | st.integers(1, 3))
 def test_a_printed_configuration_orders_the_same(values: dict[str, Any], count: int | None) -> None:
     from sana.apps.cli.output import Terminal

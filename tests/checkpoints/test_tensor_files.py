@@ -198,9 +198,7 @@ def test_headers_that_are_none_are_refused(file: Path, header: bytes) -> None:
         read_header(file)
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_mutated_headers_are_refused_or_harmless(file: Path, data: st.DataObject) -> None:
     """Whatever the header says, there is our error or the tensors that the public library sees."""

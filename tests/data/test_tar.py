@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pickle
+import random
 import subprocess
 import tarfile
 import zipfile
@@ -209,13 +210,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @given(names=st.lists(st.text("abc/.é猫 -", min_size=1, max_size=90), max_size=6, unique=True), sizes=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_members_are_read_as_the_standard_library_wrote_them(
     form: int, names: list[str], sizes: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     members = {
-        f"k{i}{name.replace('.', '')}.txt": os.urandom(sizes.draw(st.integers(0, 1500))) for i, name in enumerate(names)
+        f"k{i}{name.replace('.', '')}.txt": random.randbytes(sizes.draw(st.integers(0, 1500)))
+        for i, name in enumerate(names)
     }
     try:
         make_tar(path, members, format=form)
@@ -227,7 +229,7 @@ def test_members_are_read_as_the_standard_library_wrote_them(
 
 
 @given(st.binary(max_size=3000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_bytes_give_findings_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     path.write_bytes(data)
@@ -236,7 +238,7 @@ def test_any_bytes_give_findings_and_nothing_else(tmp_path_factory: pytest.TempP
 
 
 @given(st.integers(0, 5 * BLOCK - 1), st.integers(1, 255))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_flipped_byte_leaves_a_reader_that_answers(
     tmp_path_factory: pytest.TempPathFactory, place: int, change: int
 ) -> None:
@@ -284,7 +286,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     large = io.BytesIO()
     from PIL import Image
 
-    Image.frombytes("RGB", (1000, 1000), os.urandom(3_000_000)).save(large, "PNG", compress_level=0)
+    Image.frombytes("RGB", (1000, 1000), random.randbytes(3_000_000)).save(large, "PNG", compress_level=0)
     assert len(large.getvalue()) > 2**21 < len(noise) * 2
     source = open_source(
         make_tar(tmp_path / "a.tar", {"a.png": large.getvalue(), "a.txt": b"x", "b.png": PICTURE, "b.txt": b"y"})

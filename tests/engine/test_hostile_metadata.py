@@ -200,9 +200,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_metadata(tmp_path / "pipe.png")
 
 
-QUIET = settings(
-    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+QUIET = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @QUIET

@@ -52,9 +52,7 @@ def picture(mode: str, width: int, height: int, seed: int, levels: int) -> Image
     levels=st.sampled_from([1, 2, 5, 256]),
     strip=st.sampled_from([1, 100, 1 << 17]),
 )
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pillow_reads_the_same_pixels(
     mode: str, width: int, height: int, seed: int, levels: int, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
