@@ -172,6 +172,7 @@ def test_broken_samples_say_where(tmp_path: Path) -> None:
         "no-caption 000.png: The picture has no caption. Write it into 000.txt, or name the picture in metadata.jsonl."
     )
     assert found[1] == "empty-caption 001.txt:1: The caption is empty. Write it."
+    assert FolderSource(tmp_path, prompt="a dog").sample(1).captions == (Caption(text="a dog"),)
     assert found[2] == "bad-text 002.txt:2: is not in UTF-8. Save it anew in that encoding."
     assert found[3].startswith("unreadable 003.png: The picture 003.png cannot be read: it is no PNG, JPEG or WebP.")
     assert found[4] == "bad-text 004.txt:1: holds zero bytes, so it is no text."

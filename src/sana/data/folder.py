@@ -125,7 +125,7 @@ class FolderSource:
         captions = list(entry.captions)
         for name in entry.texts:
             text = one_line(_read(self.folder / name, name), name)
-            if not text and not captions:
+            if not text and not captions and not self.prompt:
                 raise BadSample(
                     Finding(kind="empty-caption", place=name, text="The caption is empty. Write it.", line=1)
                 )
