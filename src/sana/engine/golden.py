@@ -172,20 +172,20 @@ GOLDEN: dict[str, Golden] = {
         request={"prompt": "a red fish above a yellow boat", "seed": 7, "steps": 6},
         tokens=(2, 277, 459, 537, 722, 392, 480, 489),
         latents=(
-            -0.24724, -0.1699, 0.63215, -0.35659, -0.12478, -1.47478, -2.16063, 0.91615, -0.28897, 0.83789,
-            -3.23439, -0.55691, 0.31686, -1.93328, 2.93898, 0.16376, 0.70521, -1.93808, -1.08762, -0.14188,
-            -0.00382, 5.46897, -2.87473, -0.20937, 0.37872, 1.3994, 0.6869, -0.55861, 0.38571, 0.17169,
-            -0.64961, 0.25183,
+            -0.27547, -0.77395, 0.60165, -0.37166, -0.12607, -1.9784, -2.96404, 1.33905, -0.22354, 0.61634,
+            -3.22527, -0.84374, 0.27437, -1.83854, 2.24814, -0.05182, 0.63088, -1.44014, -1.091, -0.1276,
+            -0.24063, 4.96708, -1.90867, -0.17576, 0.04974, 1.28782, 0.76158, -0.4407, 0.3987, 0.23827,
+            -0.55854, 0.20709,
         ),
         pixels=bytes.fromhex(
-            "d8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded8cbbed56462d66462d5c4b7d8f0ded8f0de"
-            "d8f0ded8f0ded79d95d53034d42e31d0938ad8f0ded8f0de"
-            "d8f0ded8f0ded8ebdad3948ed29d96d5d6c7d8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded9eed8dbebcfd8f0ded8f0ded8f0de"
-            "d8f0ded8f0ded8f0dee8df7ef3d33cdbebc5d8f0ded8f0de"
-            "d8f0ded8f0ded8f0dceed246efcf39e7db73d8f0ded8f0de"
-            "d8f0ded8f0ded8f0ded6e8ced7e5c5d5e9ced8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded8efded8efddd8f0ded8f0ded8f0de"
+            "d8f0ded8f0ded8c9bbd54647d64949d4b9add8f0ded8f0de"
+            "d8f0ded8f0ded7a098d43235d43133d0928ad8f0ded8f0de"
+            "d8f0ded8f0ded8eddbd49f97d2a79fd6e1d1d8f0ded8f0de"
+            "d8f0ded8f0ded8f0ded9efdddbecd0d8efdad8f0ded8f0de"
+            "d8f0ded8f0ded8f0dee7e189f3d033dbe4add8f0ded8f0de"
+            "d8f0ded8f0ded8f0deedd44ef4ce29e6db76d7efddd8f0de"
+            "d8f0ded8f0ded8f0ded8e7c8d7e4c6d4e9d4d8f0ded8f0de"
         ),
     ),
 }  # fmt: skip
