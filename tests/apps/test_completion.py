@@ -1,6 +1,7 @@
 """`sana completion`: the scripts offer what the command understands."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,7 +37,14 @@ def offered(*words: str) -> list[str]:
         _sana
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        ["bash", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )
     assert done.stderr == ""
     return [line for line in done.stdout.splitlines() if line]
 

@@ -137,6 +137,7 @@ def test_slow_steps_are_told_one_by_one(capsys: pytest.CaptureFixture[str], monk
 def test_a_terminal_gets_a_bar_that_leaves_no_trace(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     terminal = Terminal()
     with terminal.count(2, text="loading") as progress:

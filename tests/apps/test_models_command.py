@@ -48,7 +48,8 @@ def fill(folder: Path, card: Card, *, without: str = "") -> None:
     (repository / "blobs" / "weights.incomplete").write_bytes(bytes(3_000_000))
 
 
-def test_the_table_lists_every_card_in_few_columns(sana: Sana) -> None:
+def test_the_table_lists_every_card_in_few_columns(sana: Sana, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     said = sana("models")
     assert said.code == 0
     for name, card in CARDS.items():

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -27,7 +28,8 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e"
 
 def call(command: str, **settings: str) -> "subprocess.CompletedProcess[bytes]":
     """Run a line of bash, in which $SANA is the command."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SANA": f"{sys.executable} -m sana", **settings}
+    command_line = f"{shlex.quote(sys.executable)} -m sana"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "SANA": command_line, **settings}
     return subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, check=False, env=environment)
 
 
@@ -230,7 +232,7 @@ def test_colours_only_for_a_person_who_wants_them() -> None:
 
     def shown(**settings: str) -> str:
         inner, outer = pty.openpty()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", **settings}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "NO_COLOR": "", **settings}
         subprocess.run([sys.executable, *words], stdout=outer, env=environment, check=True, timeout=60)
         os.close(outer)
         text = os.read(inner, 1000).decode()

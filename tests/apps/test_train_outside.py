@@ -181,7 +181,7 @@ def test_accelerate_launches_two_processes_that_walk_as_one(tmp_path: Path) -> N
     words = ["sana.apps.cli", "train", str(recipe), "-o"]
     for start, place, more in ((launch, "two", []), ([sys.executable, "-m"], "one", ["--run.accumulate", "2"])):
         line = [*start, *words, str(tmp_path / place), *more]
-        done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=170, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [str(tmp_path / place / "small" / "export")]  # one of them speaks
         assert done.stderr.count("preparing") == 1
@@ -212,14 +212,14 @@ def test_torchruns_restart_goes_on_from_the_last_state_after_a_process_was_kille
                 time.sleep(0.1)
             second = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[1]
             os.kill(int(second), signal.SIGKILL)
-            assert run.wait(timeout=170) == 0, (tmp_path / "said.txt").read_text()
+            assert run.wait(timeout=600) == 0, (tmp_path / "said.txt").read_text()
         finally:
             run.kill()
         text = (tmp_path / "said.txt").read_text()
     assert "another one has ended" in text
     assert re.search(r"small: going on at step (4|8|12|16|20) of 24", text)
     alone = [sys.executable, "-m", *words, str(tmp_path / "one"), "--run.accumulate", "2"]
-    subprocess.run(alone, capture_output=True, env=ENVIRONMENT, timeout=170, check=True)
+    subprocess.run(alone, capture_output=True, env=ENVIRONMENT, timeout=600, check=True)
     last = [
         {line["step"]: line["loss"] for line in metrics(tmp_path / at / "small") if "loss" in line}
         for at in ("two", "one")

@@ -39,6 +39,11 @@ def pixels(result: Result) -> np.ndarray:
     return np.stack([np.asarray(image) for image in result.images])
 
 
+def are_alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pictures are equal but for rounding: a module with a hook does without its quick way."""
+    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
 class Fault:
     """Counts the calls of every module of a part and fails at the k-th, or in every one from there on."""
 
@@ -95,9 +100,9 @@ def test_at_every_call_of_the_transformer_the_batch_is_drawn_one_by_one(parts: P
         assert not kept
         assert [batch.seeds for batch in batches] == [[40], [41]]
         assert [text for text in whole.warnings if "one by one" in text and "rounding" in text], k
-        assert np.array_equal(pixels(whole), alone), k
+        assert are_alike(pixels(whole), alone), k
         if k % 5 == 0:
-            assert np.array_equal(pixels(generate_images(parts, TWO)), expected), k
+            assert are_alike(pixels(generate_images(parts, TWO)), expected), k
     assert k > 20
 
 
@@ -210,7 +215,7 @@ def test_the_branches_of_guidance_go_apart_when_one_picture_is_too_much(parts: P
         generate_images(parts, one.replace(guidance=1.0))
     assert rows == [1, 2, 1, 1, 1, 1, 1]
     assert "one after the other" in result.warnings[0]
-    assert np.abs(pixels(result).astype(int) - pixels(expected).astype(int)).max() <= 1
+    assert are_alike(pixels(result), pixels(expected))
 
 
 def test_freed_memory_is_tried_once_before_less_is_done(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +228,7 @@ def test_freed_memory_is_tried_once_before_less_is_done(parts: Parts, monkeypatc
         with Fault.at(part, 3):
             result = generate_images(parts, TWO)
         assert result.warnings == []
-        assert np.array_equal(pixels(result), expected)
+        assert are_alike(pixels(result), expected)
     parts.prompts.clear()
     with Fault.at(parts.text_encoder, 1, lasting=True) as fault, pytest.raises(OutOfMemory, match="prompt"):
         generate_images(parts, TWO)
@@ -241,7 +246,7 @@ def test_batches_after_the_first_stay_small_and_nothing_finished_is_lost(parts: 
         batches, whole = run(parts, request, [])
     assert [list(batch.seeds) for batch in batches] == [[40, 41], [42], [43]]
     assert whole.seeds == [40, 41, 42, 43]
-    assert np.array_equal(pixels(whole), np.concatenate([together[:2], alone[2:]]))
+    assert are_alike(pixels(whole), np.concatenate([together[:2], alone[2:]]))
 
 
 def test_what_happens_to_every_batch_is_told_once_and_each_is_kept(parts: Parts) -> None:

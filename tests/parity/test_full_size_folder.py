@@ -6,6 +6,7 @@ Sharded, in a variant, loaded by both and drawn by both, then drawn by the comma
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,22 @@ def fill_vocabulary(file: Path, size: int) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """Compute on all cores for one test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_python_and_the_command_draw_with_it_what_the_reference_draws(folder: Path, tmp_path: Path) -> None:
     import diffusers
 
     import sana
 
-    torch.set_num_threads(os.cpu_count() or 1)
     shards = list((folder / "text_encoder").glob("model.bf16-*-of-*.safetensors"))
     assert len(shards) >= 5
     pipes = [

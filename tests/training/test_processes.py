@@ -255,7 +255,7 @@ def test_when_a_process_is_gone_or_silent_the_others_stop_with_a_sentence(tmp_pa
     workers = [context.Process(target=one_dies, args=(rank, how, str(tmp_path))) for rank in range(2)]
     for worker in workers:
         worker.start()
-    workers[0].join(60)
+    workers[0].join(300)
     workers[1].kill()
     said = (tmp_path / "said").read_text()
     assert "75 Process 0 of 2 stops: another one has ended, or was silent for 3.0 s (run.timeout)." in said

@@ -26,7 +26,7 @@ from sana.engine.stages import seconds as seconds
 
 PREFIX_TOKENS = 215
 """Length of the instruction in the published tokenizer."""
-CALIBRATION = 0.06
+CALIBRATION, LONGEST_CALIBRATION = 0.06, 1.0
 """Seconds for each measured rate."""
 DECODER_STEP_UP = 4
 """Pixels of a stage of the decoder for each pixel of the one inside it."""
@@ -297,10 +297,12 @@ def measure(device: str, dtypes: Sequence[str]) -> Rates:
     def rate(work: Callable[[], Any], amount: float) -> float:
         work()
         _wait(device)
-        best, end, calls = float("inf"), time.perf_counter() + CALIBRATION, 0
-        while time.perf_counter() < end or calls < LEAST_CALLS:  # on a busy machine a single call says nothing
+        best, calls, start = float("inf"), 0, time.perf_counter()
+        # On a busy machine a single call says nothing; where a dtype is emulated, a single one takes a second.
+        while (began := time.perf_counter()) < start + CALIBRATION or calls < LEAST_CALLS:
+            if calls and began > start + LONGEST_CALIBRATION:
+                break
             calls += 1
-            began = time.perf_counter()
             work()
             _wait(device)
             best = min(best, time.perf_counter() - began)
