@@ -121,6 +121,15 @@ def test_recipes_run_one_after_the_other_and_are_exported(
     assert "1-a · step 4 · held out: psnr 20.5" in said.err
 
 
+def test_steps_are_told_as_they_happen(sana: Sana) -> None:
+    said = sana("train", write("recipes/toy/small.toml", SMALL), "--events")
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in said.out.splitlines()]
+    assert [line["event"] for line in lines] == ["step", "step", "done"]
+    assert [(line["recipe"], line["step"], line["of"]) for line in lines[:-1]] == [("small", 1, 2), ("small", 2, 2)]
+    assert all(line["loss"] > 0 for line in lines[:-1])
+    assert lines[1]["held_out"]["psnr"] > 0
+
+
 def test_a_finished_stage_is_not_trained_again(sana: Sana, trainers: list[FakeTrainer]) -> None:
     path = write("recipes/toy/a.toml")
     sana("train", path)

@@ -154,6 +154,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], bool, str]] = {
     "nothing": (lambda: b"", False, "it has 0 bytes"),
     "cut in a header": (lambda: whole()[: LAST + 100], True, "cut off within a header"),
     "cut in a member": (lambda: whole()[: BLOCK + 2], False, "cut off within this member"),
+    "cut behind the data of a member": (lambda: whole()[: LAST - 10], True, "no end mark"),
     "without an end": (lambda: whole()[: LAST + 2 * BLOCK], True, "no end mark"),
 }
 

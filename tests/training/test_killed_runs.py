@@ -357,6 +357,17 @@ def test_too_many_refused_steps_leave_a_report(tmp_path: Path) -> None:
     assert told[0]["seed"] == 0
 
 
+def test_an_export_without_a_better_step_than_the_start_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(Regression, "evaluate", lambda *_: {"held_out": next(figures)})
+    trainer = Trainer(Regression(), settings(export="best"), FAST, tmp_path)
+    list(trainer.steps())
+    trainer.export(tmp_path / "export")
+    assert "no step was better than the start, so the export is as before the training" in caplog.text
+
+
 def test_the_best_weights_are_kept_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(Regression, "evaluate", lambda *_: {"held_out": next(figures)})

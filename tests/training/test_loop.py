@@ -179,12 +179,17 @@ def test_the_log_holds_every_step_and_the_held_out_figures(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == [f"{step:08d}.png" for step in (0, 6, 12)]
 
 
-def test_a_non_finite_step_changes_nothing_and_too_many_stop_the_run(tmp_path: Path) -> None:
+def test_a_non_finite_step_changes_nothing_and_too_many_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     optimizer = OptimizerSettings(lr=1e-2)
     trainer = Trainer(Regression(frozenset({0})), settings(), optimizer, tmp_path / "one")
     before = {name: tensor.clone() for name, tensor in weights(trainer).items()}
     next(trainer.steps())
     assert trainer.refused == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "step 1 is not taken: its loss or gradient is not finite (1 such steps so far; more than 20 stop the run)"
+    ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
     broken = Trainer(Regression(frozenset(range(50))), settings(max_non_finite=3), optimizer, tmp_path / "all")
     with pytest.raises(NonFinite, match="4 steps"):

@@ -172,6 +172,8 @@ class _Walk:
     def __init__(self, file: BinaryIO, end: int, index: Index) -> None:
         self.file, self.end, self.index = file, end, index
         self.place = self.headers = 0
+        self.is_cut = False
+        """Whether that was told already."""
         self.told: dict[str, str] = {}
         """What long headers say of the member behind them."""
         self.names: set[str] = set()
@@ -202,7 +204,7 @@ class _Walk:
                 self.place += _padded(size)
             elif (member := self._member(block, kind, size)) is not None:
                 yield member
-        if self.end and self.place <= self.end:
+        if self.end and not self.is_cut:
             self.index.tell("bad-shard", "The tar has no end mark, so it may be cut off. Make it anew.")
 
     def _fault(self, block: bytes) -> str:
@@ -227,7 +229,7 @@ class _Walk:
         member = Member(name, self.place, size)
         self.place += _padded(size)
         if member.offset + size > self.end or (kind == b"S" and block[482]):
-            self.place = self.end + 1
+            self.place, self.is_cut = self.end + 1, True
             self.index.tell("bad-shard", "The tar is cut off within this member, or it is in pieces.", name)
             return None
         refusal = self._refusal(member, b"S" if "GNU.sparse" in "".join(told) else kind)

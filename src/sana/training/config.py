@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 
@@ -192,7 +192,15 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         plain = get_origin(expected) or expected
         wanted = (list,) if plain is tuple else (dict,) if plain is Mapping else (plain,)
         if not isinstance(value, wanted) or (isinstance(value, bool) and plain is not bool):
-            raise InvalidInput(f"{where}.{key} must be of type {plain.__name__}, but is {value!r}.")
+            told = {tuple: "list", Mapping: "table"}.get(plain, plain.__name__)
+            raise InvalidInput(f"{where}.{key} must be of type {told}, but is {value!r}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInput(f"{where}.{key} must be a finite number, but is {value!r}.")
+        if plain is tuple:
+            element = get_args(expected)[0]
+            kinds = (int, float) if element is float else (element,)
+            if any(not isinstance(one, kinds) or (isinstance(one, bool) and element is not bool) for one in value):
+                raise InvalidInput(f"{where}.{key} must be a list of {element.__name__}, but is {value!r}.")
         values[key] = tuple(value) if isinstance(value, list) else value
     missing = [
         name

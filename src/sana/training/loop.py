@@ -226,6 +226,9 @@ class Trainer:
         self._refusals = [*self._refusals, described][-self.run.max_non_finite - 1 :]
         self.players.drop_gradients(turn)
         if self.refused <= self.run.max_non_finite:
+            if self.processes.is_first:
+                told = f"{self.refused} such steps so far; more than {self.run.max_non_finite} stop the run"
+                logger.warning("step %d is not taken: its loss or gradient is not finite (%s)", self.step + 1, told)
             return
         where = ""
         if self.processes.is_first:
@@ -378,7 +381,10 @@ class Trainer:
         if not self.processes.is_first:
             return
         if self.run.export == "best":
-            weights = dict(load_best(self.folder / "best").parts["module"])
+            best = load_best(self.folder / "best")
+            weights = dict(best.parts["module"])
+            if best.step == 0:
+                logger.warning("no step was better than the start, so the export is as before the training")
         if self.run.shard:
             assert self._rebuild is not None
             objective = self._rebuild()

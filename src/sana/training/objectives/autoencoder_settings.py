@@ -64,7 +64,15 @@ class AutoencoderSettings:
         for name in ("thing_weight", "label_weight"):
             if self.data and getattr(self, name) != getattr(AutoencoderSettings, name):
                 raise InvalidInput(f"autoencoder.{name} is about the drawn world and has no effect on data. Drop it.")
-        for name in ("thing_weight", "latent_noise", "latent_penalty", "label_weight", "squared_weight", "edge_weight"):
+        for name in (
+            "thing_weight",
+            "latent_noise",
+            "latent_penalty",
+            "label_weight",
+            "squared_weight",
+            "edge_weight",
+            "gan_weight",
+        ):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"autoencoder.{name} must not be negative, but is {getattr(self, name)}.")
         if self.size < 64 or self.size % 32:

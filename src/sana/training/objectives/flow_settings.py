@@ -176,6 +176,11 @@ class FlowMatchingSettings:
             raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
         if self.card and self.train != "full":
             raise InvalidInput(f'flow_matching.card is of a whole model, but train = "{self.train}" exports a part.')
+        if self.card and self.card not in CARDS:
+            hint = did_you_mean(self.card, CARDS)
+            raise InvalidInput(f"flow_matching.card names no model that is known: '{self.card}'.{hint}")
+        if self.snr_gamma <= 0:
+            raise InvalidInput(f"flow_matching.snr_gamma must be positive, but is {self.snr_gamma}.")
         if self.shift < 0:
             raise InvalidInput(f"flow_matching.shift must be positive, or 0 for the model's own, but is {self.shift}.")
         if self.snr_gamma != 5.0 and self.weighting != "min-snr":

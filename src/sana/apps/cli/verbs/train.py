@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -291,9 +292,17 @@ def _loop(stage: Stage, trainer: "Trainer", terminal: Terminal) -> int | None:
                 rate = f"{report.samples / max(report.seconds, 1e-9):.3g} {unit}/s"
                 if is_first:
                     progress.advance(f"{stage.name} · step {report.step}/{total} · loss {report.loss:.4f} · {rate}")
+                    held_out = {name: _finite(value) for name, value in (report.figures or {}).items()}
+                    facts = {"step": report.step, "of": total, "loss": _finite(report.loss), "held_out": held_out}
+                    terminal.event("step", recipe=stage.name, **facts)
                 if is_first and report.figures:
                     terminal.say(_figures(stage, report))
         return asked()
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return value if math.isfinite(value) else None
 
 
 def _figures(stage: Stage, report: "TrainStep") -> str:
