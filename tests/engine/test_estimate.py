@@ -1,8 +1,10 @@
 """The estimate: arithmetic against published counts, memory against weights, seconds from rates."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +109,14 @@ def test_rates_are_measured_in_a_moment() -> None:
 
 
 @pytest.mark.slow
+def test_a_dtype_that_takes_a_second_for_a_product_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(0, 0.6)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    rates = measure("cpu", ["bfloat16"])
+    assert next(clock) == pytest.approx(3 * 4 * 0.6)  # of each of the three rates: the start, a call, and a look
+    assert rates.flops["bfloat16"] == pytest.approx(2 * 768 * 1152 * 1152 / 0.6)
+
+
 def test_the_built_in_model_takes_about_that_long() -> None:
     from sana.engine.generate import generate_images
     from sana.engine.parts import load

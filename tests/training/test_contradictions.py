@@ -100,6 +100,7 @@ def test_in_run(tmp_path: Path, before: str, line: str, sentence: str) -> None:
         (FLOW, "logit_std = 0.0", "flow_matching.logit_std must be positive, but is 0.0."),
         (FLOW + 'train = "lora"\n', 'card = "nano"', 'flow_matching.card is of a whole model, but train = "lora"'),
         (FLOW, 'card = "nanno"', "flow_matching.card names no model that is known: 'nanno'. Did you mean 'nano'?"),
+        (DISTIL, 'card = "nano-sprimt"', "sprint.card names no model that is known: 'nano-sprimt'. Did you mean"),
         (FLOW + 'weighting = "min-snr"\n', "snr_gamma = -5.0", "flow_matching.snr_gamma must be positive"),
         (FLOW, "logit_std = nan", "flow_matching.logit_std must be a finite number, but is nan."),
         (FLOW, "prompts = [1]", "flow_matching.prompts must be a list of str, but is [1]."),

@@ -188,7 +188,7 @@ def test_a_non_finite_step_changes_nothing_and_too_many_stop_the_run(
     next(trainer.steps())
     assert trainer.refused == 1
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "step 1 is not taken: its loss or gradient is not finite (1 such steps so far; more than 20 stop the run)"
+        "step 1 is not taken: its loss or gradient is not finite (refused so far: 1; more than 20 stop the run)"
     ]
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
     broken = Trainer(Regression(frozenset(range(50))), settings(max_non_finite=3), optimizer, tmp_path / "all")

@@ -27,7 +27,7 @@ from sana.engine.stages import seconds as seconds
 PREFIX_TOKENS = 215
 """Length of the instruction in the published tokenizer."""
 CALIBRATION, LONGEST_CALIBRATION = 0.06, 1.0
-"""Seconds for each measured rate."""
+"""Seconds for each measured rate, at least and about at most."""
 DECODER_STEP_UP = 4
 """Pixels of a stage of the decoder for each pixel of the one inside it."""
 

@@ -227,7 +227,7 @@ class Trainer:
         self.players.drop_gradients(turn)
         if self.refused <= self.run.max_non_finite:
             if self.processes.is_first:
-                told = f"{self.refused} such steps so far; more than {self.run.max_non_finite} stop the run"
+                told = f"refused so far: {self.refused}; more than {self.run.max_non_finite} stop the run"
                 logger.warning("step %d is not taken: its loss or gradient is not finite (%s)", self.step + 1, told)
             return
         where = ""

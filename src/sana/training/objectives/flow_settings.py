@@ -174,11 +174,7 @@ class FlowMatchingSettings:
             raise InvalidInput(f'flow_matching.{normal[0]} acts only with density = "logit-normal".')
         if self.base_dtype != "float32" and self.train == "full":
             raise InvalidInput('flow_matching.base_dtype is of a frozen transformer; with train = "full" none is.')
-        if self.card and self.train != "full":
-            raise InvalidInput(f'flow_matching.card is of a whole model, but train = "{self.train}" exports a part.')
-        if self.card and self.card not in CARDS:
-            hint = did_you_mean(self.card, CARDS)
-            raise InvalidInput(f"flow_matching.card names no model that is known: '{self.card}'.{hint}")
+        check_card(self.card, self.train, "flow_matching")
         if self.snr_gamma <= 0:
             raise InvalidInput(f"flow_matching.snr_gamma must be positive, but is {self.snr_gamma}.")
         if self.shift < 0:
@@ -261,6 +257,18 @@ class FlowMatchingSettings:
         missing = [name for name in ("autoencoder", "text", "features") if not getattr(self, name)]
         if missing:
             raise InvalidInput(f"flow_matching lacks {', '.join(missing)}; add it, or a model to start from (start).")
+
+
+def check_card(card: str, train: str, where: str) -> None:
+    """Refuse the name of a card for what is no whole model, and one that the loader of the export would not know.
+
+    Raises:
+        InvalidInput: one of these.
+    """
+    if card and train != "full":
+        raise InvalidInput(f'{where}.card is of a whole model, but train = "{train}" exports a part.')
+    if card and card not in CARDS:
+        raise InvalidInput(f"{where}.card names no model that is known: '{card}'.{did_you_mean(card, CARDS)}")
 
 
 def check_offload(run: RunSettings, data: Mapping[str, Any], where: str) -> None:

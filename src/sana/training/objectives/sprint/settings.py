@@ -6,7 +6,7 @@ from typing import Any
 
 from sana.errors import InvalidInput, did_you_mean
 from sana.training.config import RunSettings, build, changed, named
-from sana.training.objectives.flow_settings import DataSettings, check_offload
+from sana.training.objectives.flow_settings import DataSettings, check_card, check_offload
 from sana.training.objectives.sprint.consistency import LIMITS
 from sana.training.objectives.sprint.trigflow import DERIVATIVES
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
@@ -123,14 +123,13 @@ class SprintSettings:
         for table, owner in (("lora", "lora"), ("control", "controlnet")):
             if getattr(self, table) and self.train != owner:
                 raise InvalidInput(f'[sprint.{table}] acts only with train = "{owner}"; it is "{self.train}".')
+        check_card(self.card, self.train, "sprint")
         if self.train == "full":
             return
         if not self.student:
             raise InvalidInput(
                 f'sprint.train = "{self.train}" learns something beside a distilled model: name it in sprint.student.'
             )
-        if self.card:
-            raise InvalidInput(f'sprint.card is of a whole model, but train = "{self.train}" exports a part.')
         with named("flow_matching.lora", "sprint.lora"):
             build(LoraSettings, self.lora, "sprint.lora")
         with named("flow_matching.control", "sprint.control"):
