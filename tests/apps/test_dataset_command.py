@@ -35,6 +35,64 @@ def pictures(sana: Sana) -> Path:
     return write_pictures(Path("pictures"))
 
 
+def test_control_pictures_are_checked_beside_their_pictures(sana: Sana, pictures: Path) -> None:
+    maps = Path("maps")
+    maps.mkdir()
+    for number in range(5):
+        with Image.open(pictures / f"{number}.png") as picture:
+            picture.resize((192, 160)).save(maps / f"{number}.png")
+    sound = sana("dataset", "check", "pictures", "--controls", "maps")
+    assert sound.code == 3
+    assert "✗ 5.png: There is no control picture of the same name in maps." in sound.out
+    with Image.open(pictures / "5.png") as picture:
+        picture.save(maps / "5.png")
+    assert sana("dataset", "check", "pictures", "--controls", "maps").code == 0
+    with Image.open(maps / "2.png") as picture:
+        picture.resize((64, 64)).save(maps / "2.png")
+    (maps / "3.png").write_bytes((maps / "3.png").read_bytes()[:-40])
+    (maps / "4.png").write_bytes(b"no picture")
+    said = sana("dataset", "check", "pictures", "--controls", "maps", "--json")
+    assert said.code == 3
+    found = {one["place"]: (one["kind"], one["text"]) for one in json.loads(said.out)["findings"]}
+    shape = "It has 64 x 64 pixels, another shape than its picture 2.png of 96 x 80. Save it in that shape."
+    assert found["maps/2.png"] == ("other-shape", shape)
+    assert found["maps/3.png"][0] == found["maps/4.png"][0] == "unreadable"
+    assert len(found) == 3
+    with Image.open(pictures / "2.png") as picture:
+        picture.resize((48, 40)).save(maps / "2.png")
+    for number in (3, 4):
+        with Image.open(pictures / f"{number}.png") as picture:
+            picture.save(maps / f"{number}.png")
+    for small, kind in (("refuse", "small"), ("skip", "left-out"), ("upscale", "enlarged")):
+        more = ("--base", "256", "--small", small, "--controls", "maps", "--json")
+        for path in pictures.glob("*.png"):
+            with Image.open(path) as picture:
+                larger = picture.resize((288, 240))
+            larger.save(path)
+        for number in (0, 1, 3, 4, 5):
+            with Image.open(pictures / f"{number}.png") as picture:
+                picture.save(maps / f"{number}.png")
+        kinds = {
+            one["place"]: one["kind"] for one in json.loads(sana("dataset", "check", "pictures", *more).out)["findings"]
+        }
+        assert kinds["maps/2.png"] == kind, small
+
+
+def test_a_place_for_a_trigger_is_told_and_kept(sana: Sana, pictures: Path) -> None:
+    (pictures / "1.txt").write_text("a photo of [trigger] at sea")
+    said = sana("dataset", "check", "pictures")
+    assert said.code == 0
+    assert "· 1.png: A caption has [trigger] in it. Training needs what it stands for: data.trigger" in said.out
+    assert "[trigger]" not in sana("dataset", "check", "pictures", "--trigger", "sks").out
+    assert sana("dataset", "caption-stats", "pictures").code == 0
+    assert sana("dataset", "pack", "pictures", "out").code == 0
+    assert [c.text for c in open_source("out").sample(1).captions] == ["a photo of [trigger] at sea"]
+    shown = sana("dataset", "preview", "pictures", "--small", "upscale", "-o", "sheet.png")
+    assert shown.code == 2
+    assert "1.png: a caption has [trigger] in it. Say what it stands for with --trigger." in shown.err
+    assert sana("dataset", "preview", "pictures", "--small", "upscale", "-o", "sheet.png", "--trigger", "sks").code == 0
+
+
 def test_a_sound_folder(sana: Sana, pictures: Path) -> None:
     said = sana("dataset", "check", "pictures")
     assert (said.code, said.err) == (0, "")

@@ -9,7 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from command import Sana
@@ -56,6 +56,7 @@ class FakeTrainer:
         self.step = int(saved.read_text()) if saved.exists() else 0
 
     is_first = True
+    data: ClassVar[dict[str, Any]] = {}
 
     @property
     def is_finished(self) -> bool:

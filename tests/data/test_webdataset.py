@@ -302,8 +302,10 @@ def test_triggers_and_scores_are_asked_for_at_the_start(tmp_path: Path) -> None:
     make_folder(tmp_path, 2)
     (tmp_path / "001.txt").write_text("a [trigger] here")
     source = open_source(tmp_path)
+    (found,) = survey(source).findings
+    assert (found.kind, found.place, found.is_broken) == ("trigger", "001.png", False)
     with pytest.raises(InvalidInput, match="no trigger is set"):
-        survey(source)
+        choose(source.sample(1).captions, random.Random(0), CaptionChoice())
     choice = CaptionChoice(trigger="sks")
     assert len(survey(source, Wanted(choice=choice)).indices) == 2
     assert choose(source.sample(1).captions, random.Random(0), choice) == "a sks here"

@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from sana.data import cutouts
-from sana.errors import BadData, InvalidInput
-from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
+from sana.data.controls import ControlMaps
+from sana.data.open import open_source
+from sana.errors import BadData, InvalidInput, ModelNotFound
+from sana.training.dataset_batches import DATA, PRIOR, Control, DatasetBatches, PriorBatches
 from sana.training.dataset_features import Encoders
 from sana.training.drawn_batches import DrawnBatches
 from sana.training.drawn_features import Features, scene_of
@@ -47,23 +49,33 @@ def save(folder: Path, name: str, size: tuple[int, int], caption: str | None = N
         (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
 
 
+SIZES = ((512, 512), (704, 352), (352, 704))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for number in range(12):
-        size = ((512, 512), (704, 352), (352, 704))[number % 3]
-        save(tmp_path / "data", f"p{number:02d}", size, f"picture {number}", shade=10 * number)
+        save(tmp_path / "data", f"p{number:02d}", SIZES[number % 3], f"picture {number}", shade=10 * number)
     return tmp_path / "data"
+
+
+def save_maps(folder: Path, shades: Sequence[int], times: int = 1) -> Path:
+    """Plain control pictures for `folder`, so many times as large."""
+    for number, shade in enumerate(shades):
+        width, height = SIZES[number % 3]
+        save(folder, f"p{number:02d}", (width * times, height * times), shade=shade)
+    return folder
 
 
 def open_batches(path: Path, **changes: Any) -> DatasetBatches:
     options: dict[str, Any] = {"batch_size": 2, "seed": 7, "side": 512, "dropout": 0.0, "device": CPU}
-    control = changes.pop("control", None)
+    control, table = changes.pop("control", None), changes.pop("table", DATA)
     options |= {key: changes.pop(key) for key in tuple(changes) if key in options}
     encoders: Any = Blocks()
-    return DatasetBatches(DataSettings(path=str(path), **changes), encoders, **options, control=control)
+    return DatasetBatches(DataSettings(path=str(path), **changes), encoders, **options, control=control, table=table)
 
 
-def test_the_content_tells_pictures_captions_and_what_is_usable_but_no_settings(folder: Path) -> None:
+def test_the_content_tells_pictures_captions_and_what_can_be_read_but_no_settings(folder: Path) -> None:
     first = open_batches(folder).content
     assert first.samples == 12
     assert open_batches(folder, side=256, batch_size=3, seed=1).content == first
@@ -84,7 +96,8 @@ def test_the_content_tells_pictures_captions_and_what_is_usable_but_no_settings(
     known = open_batches(folder).content
     (folder / "p150.png").write_bytes(b"no picture")
     broken = open_batches(folder).content
-    assert (known.samples, broken.samples) == (111, 110)
+    assert (known.samples, broken.samples) == (111, 111)
+    assert open_batches(folder, square=True, side=352, small="skip").content == broken
     assert len({*found, known.digest, broken.digest}) == 6
 
 
@@ -228,7 +241,9 @@ def test_held_out_samples_have_their_likeliest_captions(folder: Path) -> None:
 
 def test_small_pictures_are_never_enlarged_silently(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(folder, "tiny", (100, 100), "tiny picture")
-    sentence = r"1 pictures are smaller than their bucket at 512 pixels: tiny.png \(100x100\)\. Train at a smaller"
+    sentence = (
+        r"1 pictures of .*data are smaller than their bucket at 512 pixels: tiny.png \(100x100\)\. Train at a smaller"
+    )
     with pytest.raises(InvalidInput, match=sentence):
         open_batches(folder)
     assert len(open_batches(folder, small="skip").samples) == 12
@@ -319,7 +334,7 @@ def test_a_control_picture_that_is_broken_costs_its_sample_alone(many: Path, cap
     texts = [text for number in range(20) for text in words(draw(batches, number))]
     assert len(texts) == 199
     assert not {"m 100", "m 101"} & set(texts)
-    assert caplog.text.count("left out: m100.png") == caplog.text.count("left out: m101.png") == 1
+    assert [caplog.text.count(f"left out: {maps}/{name}.png: ") for name in ("m100", "m101")] == [1, 1]
     (maps / "m101.png").write_bytes((maps / "m102.png").read_bytes())
     after = [words(draw(open_batches(many, control=Control(kind="map"), **options), i)) for i in range(20)]
     changed = [
@@ -359,8 +374,7 @@ def test_controls_come_from_the_picture_or_from_a_folder_of_the_same_names(folde
     batch = draw(computed, 0)
     assert batch.control is not None
     assert float(batch.control.abs().max()) == 0  # plain pictures have no edges
-    for number in range(12):
-        save(tmp_path / "maps", f"p{number:02d}", (64, 64), shade=200 - number)
+    save_maps(tmp_path / "maps", [200 - number for number in range(12)], times=2)
     paired = open_batches(folder, control=Control(kind="map"), controls=str(tmp_path / "maps"))
     batch = draw(paired, 1)
     numbers = [int(text.split()[1]) for text in words(batch)]
@@ -371,9 +385,107 @@ def test_controls_come_from_the_picture_or_from_a_folder_of_the_same_names(folde
         open_batches(folder, control=Control(kind="map"), controls=str(tmp_path / "maps"))
 
 
+def test_a_control_picture_of_another_shape_is_named_and_costs_its_sample(
+    many: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    maps = many.parent / "maps"
+    for number in range(200):
+        save(maps, f"m{number:03d}", (64, 64), shade=200 - number)
+    save(maps, "m007", (64, 32))
+    options: dict[str, Any] = {"side": 32, "square": True, "batch_size": 10, "controls": str(maps)}
+    batches = open_batches(many, control=Control(kind="map"), **options)
+    assert len(batches.samples) == 199
+    told = f"left out: {maps}/m007.png: It has 64 x 32 pixels, another shape than its picture m007.png of 32 x 32."
+    assert told in caplog.text
+    save(maps, "m008", (70, 64))
+    save(maps, "m009", (56, 64))
+    command = rf"`sana dataset check {many} --controls {maps}` lists all"
+    with pytest.raises(BadData, match=rf"3 of 200 samples in .* The first: {maps}/m007\.png: It has.* {command}"):
+        open_batches(many, control=Control(kind="map"), **options)
+
+
+def test_a_side_of_a_scaled_control_picture_may_be_off_by_less_than_a_pixel(tmp_path: Path) -> None:
+    save(tmp_path / "data", "a", (1000, 707), "a")
+    for size, is_fine in (((500, 354), True), ((500, 353), True), ((500, 357), False), ((2000, 1414), True)):
+        save(tmp_path / "maps", "a", size)
+        source = open_source(tmp_path / "data")
+        assert (not ControlMaps(str(tmp_path / "maps"), [source.sample(0)]).missing) == is_fine, size
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip", "upscale"])
+def test_small_control_pictures_are_never_enlarged_silently(
+    folder: Path, caplog: pytest.LogCaptureFixture, policy: str
+) -> None:
+    maps = save_maps(folder.parent / "maps", [200] * 12)
+    save(maps, "p00", (64, 64), shade=200)
+    options: dict[str, Any] = {"control": Control(kind="map"), "controls": str(maps), "small": policy}
+    if policy == "refuse":
+        told = rf"1 pictures of {maps} are smaller than their bucket at 512 pixels: p00\.png \(64x64\)\. Train"
+        with pytest.raises(InvalidInput, match=rf'{told} .* or set flow_matching\.data\.small to "skip"'):
+            open_batches(folder, **options)
+        return
+    batches = open_batches(folder, **options)
+    done = {"skip": "left out", "upscale": "enlarged"}[policy]
+    assert f"1 pictures of {maps} are smaller than their bucket and are {done}" in caplog.text
+    assert ("p00" in {sample.key for sample in batches.samples.values()}) == (policy == "upscale")
+    assert all(float(draw(batches, number).control.min()) == 200 for number in range(6))
+
+
+def test_a_place_for_a_trigger_names_its_picture_and_the_setting(folder: Path) -> None:
+    (folder / "p03.txt").write_text("a [trigger] here", encoding="utf-8")
+    with pytest.raises(InvalidInput, match=r"A caption of p03\.png in .*: set flow_matching\.data\.trigger to what it"):
+        open_batches(folder)
+    assert open_batches(folder, trigger="sks").says("SKS here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"caption": "a dog"}, "flow_matching.data.caption has no effect: all pictures of {} have captions"),
+        (
+            {"mode": "score"},
+            "flow_matching.data.mode has no effect: no caption of {} has a score; `sana dataset score`",
+        ),
+        ({"threshold": 20.0}, "flow_matching.data.threshold has no effect: no caption of {} has a score"),
+        ({"temperature": 0.5}, "flow_matching.data.temperature has no effect: no caption of {} has a score"),
+        ({"least_best": 20.0}, "flow_matching.data.least_best has no effect: no caption of {} has a score"),
+    ],
+)
+def test_settings_that_no_caption_gives_anything_to_do_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], sentence: str
+) -> None:
+    open_batches(folder, **changes)
+    assert sentence.format(folder) in caplog.text
+    caplog.clear()
+    save(folder, "p12", (512, 512))
+    (folder / "metadata.jsonl").write_text('{"file_name": "p11.png", "text": "x", "score": 30}\n', encoding="utf-8")
+    open_batches(folder, **{"caption": "a dog", **changes})
+    assert "has no effect" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"side": 300}, r"flow_matching\.data\.size: No buckets are published for 300 pixels"),
+        ({"side": 300, "square": True}, r"flow_matching\.data\.size: A square bucket has a side that is a multiple of"),
+    ],
+)
+def test_a_size_without_buckets_names_its_setting(folder: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        open_batches(folder, **changes)
+
+
+def test_a_source_that_is_not_there_names_its_setting(folder: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"flow_matching\.data\.path: There is no file or folder .*nope"):
+        open_batches(folder / "nope")
+    with pytest.raises(ModelNotFound, match=r"flow_matching\.prior\.folder: There is no file or folder .*nope"):
+        open_batches(folder / "nope", table=PRIOR)
+    with pytest.raises(ModelNotFound, match=r"flow_matching\.data\.controls: There is no file or folder nope"):
+        open_batches(folder, control=Control(kind="map"), controls="nope")
+
+
 def test_a_share_of_the_controls_is_emptied(folder: Path) -> None:
-    for number in range(12):
-        save(folder.parent / "maps", f"p{number:02d}", (64, 64), shade=200)
+    save_maps(folder.parent / "maps", [200] * 12)
     batches = open_batches(folder, control=Control(kind="map", dropout=0.3), controls=str(folder.parent / "maps"))
     seen = [float(c.abs().max()) for number in range(300) for c in draw(batches, number).control]
     assert sum(value == 0 for value in seen) / len(seen) == pytest.approx(0.3, abs=0.06)
@@ -392,9 +504,7 @@ def test_instance_and_prior_share_a_batch(folder: Path, tmp_path: Path) -> None:
 
 
 def test_instance_and_prior_bring_their_own_control_pictures(folder: Path, tmp_path: Path) -> None:
-    maps = tmp_path / "maps"
-    for number in range(12):
-        save(maps, f"p{number:02d}", (64, 64), shade=200 - number)
+    maps = save_maps(tmp_path / "maps", [200 - number for number in range(12)])
     save(tmp_path / "class", "c0", (512, 512))
     options: dict[str, Any] = {"square": True, "side": 352}
     instance = open_batches(folder, control=Control(kind="map"), controls=str(maps), **options)

@@ -29,6 +29,7 @@ from sana.errors import CheckpointError, InvalidInput
 from sana.flow.density import loss_weights
 from sana.memory.offload import Shelf
 from sana.training.config import OptimizerSettings, RunSettings
+from sana.training.drawn_batches import DrawnBatches
 from sana.training.drawn_features import scene_of
 from sana.training.loop import Trainer
 from sana.training.objectives.base import LookLeft
@@ -78,7 +79,8 @@ def test_an_adapter_acts_in_the_command_as_it_did_in_training_and_the_reference_
     one = objective(
         pictures,
         train="lora",
-        lora={"rank": 2, "targets": ["to_q", "to_v", "conv_point"], "trigger": "sks", "dialects": ["peft", "kohya"]},
+        data={"path": str(pictures), "trigger": "sks"},
+        lora={"rank": 2, "targets": ["to_q", "to_v", "conv_point"], "dialects": ["peft", "kohya"]},
     )
     export = train(one, tmp_path)
     batch = next(iter(one.origin.batches.held_out()))
@@ -114,7 +116,13 @@ def test_an_adapter_acts_in_the_command_as_it_did_in_training_and_the_reference_
 
 def test_every_dialect_of_an_export_is_the_same_adapter_and_tells_what_it_is(pictures: Path, tmp_path: Path) -> None:
     dialects = {"peft": "pytorch_lora_weights", "kohya": "kohya", "comfyui": "comfyui"}
-    lora = {"rank": 2, "alpha": 3.0, "targets": ["to_q", "to_k", "to_v"], "trigger": "sks", "dialects": list(dialects)}
+    lora = {
+        "rank": 2,
+        "alpha": 3.0,
+        "targets": ["to_q", "to_k", "to_v"],
+        "trigger": "thing",
+        "dialects": list(dialects),
+    }
     one = objective(pictures, run(steps=1), train="lora", lora=lora)
     export = train(one, tmp_path)
     trainable = one.trainable
@@ -141,7 +149,7 @@ def test_every_dialect_of_an_export_is_the_same_adapter_and_tells_what_it_is(pic
             "modelspec.implementation": "https://github.com/NVlabs/Sana",
             "modelspec.title": "run",
             "modelspec.license": "Apache-2.0",
-            "modelspec.trigger_phrase": "sks",
+            "modelspec.trigger_phrase": "thing",
             "modelspec.hash_sha256": f"0x{digest}",
         }
         assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_base_model_version"]) == ("2", "3", "nano")
@@ -347,13 +355,66 @@ def test_a_prior_is_drawn_once_and_learnt_beside(pictures: Path, tmp_path: Path)
     options: dict[str, Any] = {"data": {"path": str(pictures), "square": True}, "prior": prior, "train": "lora"}
     one = objective(pictures, **options)
     names = sorted(file.name for file in (tmp_path / "class").iterdir())
-    assert names == ["class-0000.png", "class-0001.png", "class-0002.png"]
+    assert names == ["class-0000.png", "class-0001.png", "class-0002.png", "class.json"]
     times = [file.stat().st_mtime_ns for file in sorted((tmp_path / "class").iterdir())]
     batch = one.origin.batches.batch(0, torch.Generator())
     assert len(batch.latents) == 4
     assert batch.weights is not None
     objective(pictures, **options)
     assert times == [file.stat().st_mtime_ns for file in sorted((tmp_path / "class").iterdir())]
+
+
+def test_what_is_learnt_is_called_by_the_trigger_of_the_data_in_every_export(pictures: Path, tmp_path: Path) -> None:
+    data = {"path": str(pictures), "trigger": "sks"}
+    for kind in ("lora", "full"):
+        export = train(objective(pictures, run(steps=1), train=kind, data=data), tmp_path / kind)
+        text = (export / "README.md").read_text(encoding="utf-8")
+        assert "instance_prompt: sks\n" in text, kind
+        assert "Call it with: `sks`" in text, kind
+        assert 'sana "a prompt with sks" -m ' in text, kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {},
+            "trigger is 'sks', but no caption of .* says it, so nothing would learn it. Set flow_matching.data.trigger",
+        ),
+        ({"data": {}, "features": "f"}, "flow_matching.lora.trigger has no effect on the drawn world"),
+    ],
+)
+def test_a_trigger_that_nothing_would_learn_is_refused(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sentence: str
+) -> None:
+    monkeypatch.setattr(DrawnBatches, "__init__", lambda self, *_, **__: None)
+    with pytest.raises(InvalidInput, match=sentence):
+        objective(pictures, train="lora", lora={"trigger": "sks"}, **changes)
+
+
+def test_a_fresh_transformer_may_be_another_one_and_carries_no_card_of_the_start(
+    pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=r"num_layers = 2\) does not fit the weights of nano.* or set fresh = true"):
+        objective(pictures, model={"num_layers": 2})
+    export = train(objective(pictures, run(steps=1), model={"num_layers": 2}, fresh=True), tmp_path)
+    assert CARD_KEY not in json.loads((export / "model_index.json").read_text())
+    assert len(load(export, device="cpu").transformer.transformer_blocks) == 2
+
+
+def test_a_card_of_another_model_is_refused_at_the_start(pictures: Path) -> None:
+    sentence = (
+        r"flow_matching\.card is that of sana-1\.6b-4k, whose \w+ is \d+, but what is trained has \d+\. Make them"
+    )
+    with pytest.raises(InvalidInput, match=sentence):
+        objective(pictures, card="sana-1.6b-4k")
+    assert objective(pictures, card="nano").settings.card == "nano"
+
+
+def test_a_branch_as_deep_as_its_transformer_names_its_setting(pictures: Path) -> None:
+    sentence = r"flow_matching\.control\.blocks is 7, but the transformer has only 6 blocks; copy fewer"
+    with pytest.raises(InvalidInput, match=sentence):
+        objective(pictures, train="controlnet")
 
 
 def test_a_control_network_learns_beside_a_prior(pictures: Path, tmp_path: Path) -> None:

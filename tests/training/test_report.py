@@ -1,6 +1,7 @@
 """What a run tells about itself: the page, and the trackers."""
 
 import errno
+import json
 import math
 import re
 import sys
@@ -15,7 +16,7 @@ from test_loop import Regression, run, settings
 from sana.errors import InvalidInput, MissingDependency
 from sana.training.config import TRACKERS as NAMES
 from sana.training.config import OptimizerSettings
-from sana.training.curve import append_line
+from sana.training.curve import append_line, read_lines, read_series
 from sana.training.loop import Trainer
 from sana.training.players import use_checkpointing
 from sana.training.report import _log_ticks, _ticks, write_report
@@ -149,6 +150,40 @@ class Deaf:
 
 
 HEARD: list[list[str]] = []
+
+
+def test_wandb_without_a_login_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class UsageError(Exception):
+        pass
+
+    def refuse(**_: Any) -> Any:
+        raise UsageError("api_key not configured (no-tty).\n call wandb.login(key=[your_api_key])")
+
+    fake: Any = types.ModuleType("wandb")
+    fake.init, fake.errors = refuse, types.SimpleNamespace(Error=UsageError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sentence = (
+        r"run\.report names wandb, which refuses: api_key not configured \(no-tty\)\. call .*\. Log in with `wandb"
+    )
+    with pytest.raises(InvalidInput, match=sentence):
+        run(tmp_path, report=("wandb",))
+
+
+def test_a_log_is_json_where_a_number_is_none(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    append_line(log, {"step": 1, "loss": math.nan, "seconds": 1.0, "samples": 8, "held_out": {"a": math.inf, "b": 1.0}})
+    append_line(log, {"step": 2, "loss": 0.5, "seconds": 1.0, "samples": 8})
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in log.read_text().splitlines()]
+    assert (lines[0]["loss"], lines[0]["held_out"]) == (None, {"a": None, "b": 1.0})
+    first, second = read_lines(log)
+    assert math.isnan(first["loss"])
+    assert math.isnan(first["held_out"]["a"])
+    assert second["loss"] == 0.5
+    assert read_series(log) == {"loss": [(2, 0.5)], "b": [(1, 1.0)]}
 
 
 def test_a_tracker_that_fails_costs_one_warning_and_no_step(

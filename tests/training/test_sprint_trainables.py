@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.objectives.sprint.students import student_of
 from sana.training.objectives.sprint.trigflow import central_difference, forward_mode
-from sana.training.trainables import ControlSettings, LoraTrainable
+from sana.training.trainables import ControlSettings, LoraSettings, LoraTrainable
 from tiny_model import lively, tiny_transformer
 from tiny_sprint import CPU, FakeBatches, FakeOrigin, tiny_teacher
 
@@ -72,6 +73,9 @@ class Origin(FakeOrigin):
 
     def other(self, name: str) -> Distilled:
         return Distilled(self.teacher)
+
+    def lora(self, table: Mapping[str, Any]) -> LoraSettings:
+        return build(LoraSettings, table, "flow_matching.lora")
 
     def branch(self, transformer: LinearDiT) -> SanaControlNetModel:
         torch.manual_seed(5)

@@ -4,12 +4,13 @@ The same findings serve `sana dataset check` and the trainer. A broken sample is
 tolerated share is broken, the run is refused, naming the first.
 """
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sana.data.buckets import Small, bucket_for, enlargement
-from sana.data.captions import DEFAULT, PLACEHOLDER, CaptionChoice, is_wanted, triggered
+from sana.data.captions import DEFAULT, PLACEHOLDER, CaptionChoice, is_wanted
 from sana.data.samples import BadSample, Dataset, Finding, Sample
 from sana.errors import BadData, InvalidInput
 
@@ -68,7 +69,7 @@ def examine(source: Dataset, wanted: Wanted | None = None) -> Iterator[Seen]:
     """Yield what is found about each sample, from its texts and the header of its picture.
 
     Raises:
-        InvalidInput: a caption has a place for trigger words, and there are none; or the base has no buckets.
+        InvalidInput: the base has no buckets.
     """
     wanted = wanted or Wanted()
     for index in range(len(source)):
@@ -77,9 +78,6 @@ def examine(source: Dataset, wanted: Wanted | None = None) -> Iterator[Seen]:
         except BadSample as error:
             yield Seen(index, None, None, (error.finding,), False)
             continue
-        for caption in sample.captions:
-            if PLACEHOLDER in caption.text:
-                triggered(caption.text, wanted.choice.trigger)
         yield _judged(index, sample, wanted)
 
 
@@ -113,16 +111,28 @@ def survey(source: Dataset, wanted: Wanted | None = None, *, tolerance: float = 
     return Survey(indices=tuple(indices), buckets=tuple(buckets), findings=tuple(findings), total=total)
 
 
-def check_share(findings: Sequence[Finding], total: int, tolerance: float = TOLERANCE, *, where: str = "") -> None:
-    """Raise BadData if more than the tolerated share of `total` samples is broken; `where` names their source."""
+def check_share(
+    findings: Sequence[Finding], total: int, tolerance: float = TOLERANCE, *, where: str = "", controls: str = ""
+) -> None:
+    """Raise BadData if more than the tolerated share of `total` samples is broken.
+
+    `where` names their source, `controls` that of their control pictures.
+    """
     broken = [finding for finding in findings if finding.is_broken]
     count = sum(finding.samples for finding in broken)
     if count > tolerance * total:
         source = f" in {where}" if where else ""
         shown = "; ".join(str(finding).removesuffix(".") for finding in broken[:SHOWN])
+        command = [
+            "sana",
+            "dataset",
+            "check",
+            *([where] if where else []),
+            *(["--controls", controls] if controls else []),
+        ]
         raise BadData(
             f"{count} of {total} samples{source} are broken ({count / max(total, 1):.1%}), which is more than the"
-            f" {tolerance:.1%} that a run puts up with. The first: {shown}. `sana dataset check` lists all."
+            f" {tolerance:.1%} that a run puts up with. The first: {shown}. `{shlex.join(command)}` lists all."
         )
 
 
@@ -133,6 +143,9 @@ def _judged(index: int, sample: Sample, wanted: Wanted) -> Seen:
     if not is_wanted(sample.captions, wanted.choice):
         text = f"No caption scores {wanted.choice.least_best:g} or more. The picture is left out."
         return Seen(index, sample, None, (Finding(kind="low-score", place=sample.place, text=text),), False)
+    if not wanted.choice.trigger and any(PLACEHOLDER in caption.text for caption in sample.captions):
+        text = f"A caption has {PLACEHOLDER} in it. Training needs what it stands for: data.trigger in its recipe."
+        findings.append(Finding(kind="trigger", place=sample.place, text=text))
     if min(sample.width, sample.height) < TINY:
         findings.append(Finding(kind="tiny", place=sample.place, text=f"The picture has {size} pixels only."))
     if wanted.base is None:

@@ -2,11 +2,11 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sana.data.samples import BadSample
+from sana.data.samples import BadSample, Dataset, Sample
 
 ENDS = 4096
 """Bytes of a picture's beginning and end that go into the identity: compressed pixels change the end of a file."""
@@ -14,10 +14,21 @@ ENDS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What tells the samples that are trained on from any others."""
+    """What tells one data set from any other, whatever of it is trained on."""
 
     samples: int
     digest: str
+
+
+def content_of(source: Dataset, readable: Mapping[int, Sample], beside: str = "") -> Content:
+    """Return the content of a source whose `readable` samples are known by their numbers.
+
+    `beside` tells the pictures that belong to it from any others.
+    """
+    digest = hashlib.sha256(f"{source.identity(captions=False)}/{beside}".encode())
+    for index, sample in readable.items():
+        digest.update(repr((index, sample.repeats, sample.captions)).encode("utf-8", "surrogatepass"))
+    return Content(samples=len(source), digest=digest.hexdigest())
 
 
 def identity_of(

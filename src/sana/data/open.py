@@ -38,10 +38,14 @@ def open_source(path: str | Path, *, prompt: str = "") -> Dataset:
     return source
 
 
+def has_shards(place: Path) -> bool:
+    """Tell whether a data set lies in tars, or in a file anyway, beside which pictures in a folder do not count."""
+    return place.is_file() or (place / META).is_file() or any(place.glob("*.tar"))
+
+
 def _opened(place: Path, prompt: str) -> Dataset:
     if place.is_dir():
-        has_tars = (place / META).is_file() or any(place.glob("*.tar"))
-        if not has_tars:
+        if not has_shards(place):
             return FolderSource(place, prompt=prompt)
         findings: list[Finding] = []
         shards = ShardSource(listed(place, findings), prompt=prompt)

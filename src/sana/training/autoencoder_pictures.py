@@ -18,7 +18,7 @@ from torch import Tensor
 from sana.data import cutouts
 from sana.data.buckets import cut
 from sana.data.cutout_shapes import KINDS
-from sana.data.identity import Content
+from sana.data.identity import Content, content_of
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
 from sana.data.samples import Dataset
@@ -125,7 +125,7 @@ class DatasetPictures:
             sound.append(index)
             if min(sample.width, sample.height) < size:
                 small.append(sample.place)
-        self._count = count = len(sound)
+        count = len(sound)
         self._broken.counted(count)
         if count < 2:
             raise InvalidInput(f"{path} has {count} picture, too few: one must be left to measure with. Add some.")
@@ -146,7 +146,7 @@ class DatasetPictures:
     @property
     def content(self) -> Content:
         """What tells these pictures from others."""
-        return Content(samples=self._count, digest=self.source.identity(captions=False))
+        return content_of(self.source, {})
 
     def batch(self, rng: random.Random, draw: int, count: int) -> Pictures:
         """Crop the pictures of a draw; where the data set is smaller than a batch, some come twice.

@@ -17,9 +17,12 @@ _log = logging.getLogger(__name__)
 class BrokenSamples:
     """What is broken in one source."""
 
-    def __init__(self, source: Dataset, where: str) -> None:
-        """Begin with what was seen amiss when the source was opened; `where` names it in messages."""
-        self._where, self._total = where, 0
+    def __init__(self, source: Dataset, where: str, controls: str = "") -> None:
+        """Begin with what was seen amiss when the source was opened.
+
+        `where` names it in messages, `controls` its control pictures.
+        """
+        self._where, self._controls, self._total = where, controls, 0
         self._findings: dict[Finding, None] = {}
         self._numbers: set[int] = set()
         for finding in source.findings:
@@ -60,4 +63,4 @@ class BrokenSamples:
             return None
 
     def _judge(self) -> None:
-        check_share(self.findings, self._total, where=self._where)
+        check_share(self.findings, self._total, where=self._where, controls=self._controls)

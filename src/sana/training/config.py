@@ -7,15 +7,16 @@ A recipe has the tables `[run]` (one per process: steps, seed, precision), `[opt
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from sana.errors import InvalidInput, ModelNotFound, did_you_mean
+from sana.errors import BadData, CheckpointError, InvalidInput, ModelNotFound, did_you_mean
 
 T = TypeVar("T")
 
@@ -168,12 +169,30 @@ def changed(settings: object, *names: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def named(table: str, as_: str) -> Iterator[None]:
-    """Call the settings of `table` in an InvalidInput by the table `as_` that they stand in."""
+def restated(how: Callable[[str], str]) -> Iterator[None]:
+    """Let `how` make another sentence of one that refuses a setting, or the data or model that one names."""
     try:
         yield
-    except InvalidInput as error:
-        raise InvalidInput(re.sub(rf"(?<![\w.]){re.escape(table)}(?=[.\]])", as_, str(error))) from error
+    except _RESTATED as error:
+        text = how(str(error))
+        if type(error) not in _RESTATED or text == str(error):
+            raise
+        raise type(error)(text) from error
+
+
+def about(setting: str) -> contextlib.AbstractContextManager[None]:
+    """Begin the sentence with the setting that brought it about, whose line in the recipe is then found."""
+    return restated(lambda words: words if setting in words else f"{setting}: {words}")
+
+
+def named(table: str, as_: str) -> contextlib.AbstractContextManager[None]:
+    """Call the settings of `table` by the table `as_` that they stand in."""
+    return restated(lambda words: re.sub(rf"(?<![\w.]){re.escape(table)}(?=[.\]])", as_, words))
+
+
+def called(model: str, as_: str) -> contextlib.AbstractContextManager[None]:
+    """Call the fields of the configuration of a `model` by the table `as_` that they stand in."""
+    return restated(lambda words: re.sub(rf"\b{model}(Config|Settings)\.", f"{as_}.", words))
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -181,11 +200,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
+    check_fields(cls, table, where)
     for key, value in table.items():
-        if key not in fields:
-            raise InvalidInput(
-                f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}."
-            )
         expected = hints[key]
         if expected is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -210,6 +226,20 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     if missing:
         raise InvalidInput(f"{where} lacks {', '.join(missing)}; add it to the recipe.")
     return cls(**values)
+
+
+def check_fields(cls: type[Any], table: Mapping[str, Any], where: str) -> None:
+    """Refuse keys of a table that are no fields of the dataclass `cls`.
+
+    Raises:
+        InvalidInput: naming the key.
+    """
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for key in table:
+        if key not in fields:
+            raise InvalidInput(
+                f"{where} has no setting '{key}'.{did_you_mean(key, fields)} It has: {', '.join(fields)}."
+            )
 
 
 def _override(tables: dict[str, Any], key: str, text: str) -> None:
@@ -284,21 +314,29 @@ def _recipe(path: str | Path, tables: Mapping[str, Any]) -> Recipe:
     )
 
 
-@contextlib.contextmanager
-def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> Iterator[None]:
-    """Add to an InvalidInput about a setting, named `table.key` or `[table]` in its sentence, where it was given."""
-    try:
-        yield
-    except InvalidInput as error:
-        words = str(error)
-        for name in sorted(set(_DOTTED.findall(words)) | {f"{t}.{k}" for t, k in _QUOTED.findall(words)}, key=len):
-            place = f"--{name}" if name in overrides else _line_of(path, text, name)
-            if place:
-                raise InvalidInput(f"{place}: {words}") from error
-        for name in _TABLE.findall(words):
-            if place := _line_of(path, text, name, is_table=True) or _line_of(path, text, name):
-                raise InvalidInput(f"{place}: {words}") from error
-        raise
+def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
+    """Begin the sentence about a setting, named `table.key` or `[table]` in it, with where that was given."""
+
+    def how(words: str) -> str:
+        names = _settings_in(words)
+        places = (f"--{name}" if name in overrides else _line_of(path, text, name) for name in names)
+        # What stands in braces on one line has no line of its own.
+        tables = [*_TABLE.findall(words), *names, *(name.rpartition(".")[0] for name in names)]
+        heads = (_line_of(path, text, t, is_table=True) or _line_of(path, text, t) for t in tables)
+        place = next(filter(None, itertools.chain(places, heads)), None)
+        if place is None or words.startswith(f"{place}:"):
+            return words
+        # Of an override the name alone would stand there twice.
+        own = words.removeprefix(f"{place[2:]}: ") if place.startswith("--") else words
+        return f"{place}: {own}"
+
+    return restated(how)
+
+
+def _settings_in(words: str) -> list[str]:
+    """Return what in a sentence may be the name of a setting, the shortest first."""
+    quoted = [f"{table}.{key}" for table, key in _QUOTED.findall(words)]
+    return sorted({*_DOTTED.findall(words), *quoted}, key=lambda name: (len(name), name))
 
 
 def _line_of(path: str | Path, text: str, name: str, *, is_table: bool = False) -> str | None:
@@ -315,6 +353,7 @@ def _line_of(path: str | Path, text: str, name: str, *, is_table: bool = False) 
     return None
 
 
+_RESTATED = (InvalidInput, BadData, ModelNotFound, CheckpointError)
 _DOTTED = re.compile(r"\b([a-z_]\w*(?:\.[a-z_]\w*)+)\b")
 _QUOTED = re.compile(r"\b([a-z_][\w.]*) has no setting '(\w+)'")
 _TABLE = re.compile(r"\[([\w.]+)\]")

@@ -29,10 +29,21 @@ def append_line(metrics: Path, line: Mapping[str, object]) -> None:
         file.seek(max(0, end - 1))
         torn = end > 0 and file.read(1) != b"\n"
         try:
-            write_all(file, (b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+            write_all(file, (b"\n" if torn else b"") + json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
         except OSError:
             file.truncate(end)
             raise
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold, with null for numbers that are none."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def read_lines(metrics: Path) -> list[dict[str, Any]]:
@@ -44,8 +55,8 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
     for text in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            numbers = {name: float(line[name]) for name in ("loss", "seconds", "samples") if name in line}
-            held_out = {str(name): float(value) for name, value in (line.get("held_out") or {}).items()}
+            numbers = {name: _number(line[name]) for name in ("loss", "seconds", "samples") if name in line}
+            held_out = {str(name): _number(value) for name, value in (line.get("held_out") or {}).items()}
             if numbers.get("loss") is not None or held_out:
                 step = int(line["step"])
                 before = {} if "loss" in numbers else lines.get(step, {})

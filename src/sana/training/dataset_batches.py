@@ -20,19 +20,24 @@ from PIL import Image
 from torch import Tensor, distributed
 
 from sana.data.buckets import bucket_for, cut, enlargement
-from sana.data.captions import choose, is_wanted, probabilities, triggered
-from sana.data.identity import Content
+from sana.data.captions import PLACEHOLDER, choose, is_wanted, probabilities, triggered
+from sana.data.controls import ControlMaps
+from sana.data.identity import Content, content_of
 from sana.data.open import open_source
 from sana.data.order import BucketedOrder
-from sana.data.samples import BadSample, Dataset, Sample
+from sana.data.samples import Dataset, Sample
 from sana.engine.control_maps import control_map
 from sana.errors import BadData, InvalidInput
 from sana.training.batches import Batch, collated, joined, without_some_controls
 from sana.training.broken import BrokenSamples
+from sana.training.config import about, changed
 from sana.training.dataset_features import DatasetFeatures, Encoders, Pictures
 from sana.training.objectives.flow_settings import DataSettings
 
 LATENTS, CONTROL = "latents", "control"
+DATA, PRIOR = "flow_matching.data", "flow_matching.prior"
+PATHS = {DATA: "path", PRIOR: "folder"}
+"""Table of a recipe that describes samples -> its setting that names their source."""
 _SHOWN = 5
 _log = logging.getLogger(__name__)
 
@@ -62,24 +67,31 @@ class DatasetBatches:
         device: torch.device,
         control: Control | None = None,
         prepare: bool = True,
+        table: str = DATA,
     ) -> None:
         """Open the source, look at every sample, and compute the features if the settings name a folder for them.
 
         `side` is that of the square bucket. Without `prepare` nothing is computed, and there are no batches before
-        `ready`.
+        `ready`. `table` is what messages call the settings by.
 
         Raises:
+            ModelNotFound: there is no such source.
             BadData: more than one sample in a hundred is broken, or none is left.
-            InvalidInput: pictures are smaller than their bucket, or control pictures are missing.
+            InvalidInput: pictures are smaller than their bucket, control pictures are missing or other settings do not
+                fit the samples.
         """
         self.settings, self.size, self.seed, self.side, self.device = settings, batch_size, seed, side, device
-        self.control = control
-        self.source: Dataset = open_source(settings.path, prompt=settings.caption)
+        self.control, self._table = control, table
+        with about(f"{table}.{PATHS[table]}"):
+            self.source: Dataset = open_source(settings.path, prompt=settings.caption)
         self.choice = settings.choice(dropout)
-        self._broken = BrokenSamples(self.source, settings.path)
+        self._broken = BrokenSamples(self.source, settings.path, settings.controls)
         self._lost: set[tuple[int, int]] = set()
-        self._mapped = ""
+        self._readable: dict[int, Sample] = {}
+        with about("flow_matching.data.size"):
+            bucket_for(side, side, side, aspect=not settings.square)
         self.samples = self._usable()
+        self._check_captions()
         self._maps = self._paired() if control is not None and control.kind == "map" else None
         self.buckets = {i: self._bucket(sample) for i, sample in self.samples.items()}
         self._apart = self._kept_apart()
@@ -93,11 +105,8 @@ class DatasetBatches:
 
     @functools.cached_property
     def content(self) -> Content:
-        """What tells the usable samples from others: their pictures, captions, repeats and control pictures."""
-        digest = hashlib.sha256(f"{self.source.identity(captions=False)}/{self._mapped}".encode())
-        for index, sample in self.samples.items():
-            digest.update(repr((index, sample.repeats, sample.captions)).encode("utf-8", "surrogatepass"))
-        return Content(samples=len(self.samples), digest=digest.hexdigest())
+        """What tells the samples from others: their pictures, captions, repeats and control pictures."""
+        return content_of(self.source, self._readable, "" if self._maps is None else self._maps.identity())
 
     def ready(self) -> None:
         """Compute the features that are missing from their folder, and encode the unconditional text.
@@ -154,6 +163,11 @@ class DatasetBatches:
         order = [*sorted(self._apart), *(i for i in self.samples if i not in self._apart)]
         return tuple(dict.fromkeys(self.caption(index) for index in order))[:count]
 
+    def says(self, words: str) -> bool:
+        """Tell whether there are such words in what is read of any sample, in either case of letters."""
+        captions = {caption.text for sample in self.samples.values() for caption in sample.captions}
+        return any(words.lower() in triggered(text, self.settings.trigger).lower() for text in captions)
+
     def _text(self, sample: Sample, rng: random.Random) -> str:
         return choose(sample.captions, rng, self.choice)
 
@@ -202,36 +216,63 @@ class DatasetBatches:
         small: list[Sample] = []
         for index in range(len(self.source)):
             sample = self._broken.read(index, self.source.sample)
-            if sample is None or not is_wanted(sample.captions, self.choice):
+            if sample is None:
                 continue
-            if self._is_small(sample):
+            self._readable[index] = sample
+            if not is_wanted(sample.captions, self.choice):
+                continue
+            if _is_small(sample, self._bucket(sample)):
                 small.append(sample)
                 if self.settings.small == "skip":
                     continue
             found[index] = sample
         self._broken.counted(len(found))
-        if small and self.settings.small == "refuse":
-            raise InvalidInput(_small_told(small, self.side))
-        if small:
-            done = "left out" if self.settings.small == "skip" else "enlarged"
-            _log.warning("%d pictures are smaller than their bucket and are %s", len(small), done)
+        self._tell_small(small, self.settings.path)
         if not found:
             raise BadData(f"No picture in {self.settings.path} can be trained on; all are small or score low.")
         return found
 
+    def _tell_small(self, small: Sequence[Sample], where: str) -> None:
+        """Refuse what is smaller than its bucket, or tell what becomes of it."""
+        if small and self.settings.small == "refuse":
+            shown = ", ".join(f"{one.place} ({one.width}x{one.height})" for one in small[:_SHOWN])
+            raise InvalidInput(
+                f"{len(small)} pictures of {where} are smaller than their bucket at {self.side} pixels: {shown}"
+                f"{', ...' if len(small) > _SHOWN else ''}. Train at a smaller size (flow_matching.data.size), or set"
+                f' {self._table}.small to "skip" or "upscale".'
+            )
+        if small:
+            done = "left out" if self.settings.small == "skip" else "enlarged"
+            _log.warning("%d pictures of %s are smaller than their bucket and are %s", len(small), where, done)
+
+    def _check_captions(self) -> None:
+        """Refuse a place for a trigger that is not there, and tell of settings that no caption gives anything to do."""
+        settings, captions = self.settings, [c for sample in self.samples.values() for c in sample.captions]
+        for sample in self.samples.values() if not settings.trigger else ():
+            if any(PLACEHOLDER in caption.text for caption in sample.captions):
+                told = f"set {DATA}.trigger to what it stands for" if self._table == DATA else "write it out"
+                raise InvalidInput(f"A caption of {sample.place} in {settings.path} has {PLACEHOLDER} in it: {told}.")
+        if (
+            self._table == DATA
+            and settings.caption
+            and not any(caption.text == settings.caption for caption in captions)
+        ):
+            _log.warning("%s.caption has no effect: all pictures of %s have captions", self._table, settings.path)
+        unused = changed(settings, "threshold", "temperature", "least_best")
+        unused += ["mode"] if settings.mode == "score" else []
+        if unused and all(caption.score is None for caption in captions):
+            told = "%s.%s has no effect: no caption of %s has a score; `sana dataset score` writes them"
+            _log.warning(told, self._table, unused[0], settings.path)
+
     def _bucket(self, sample: Sample) -> tuple[int, int]:
         return bucket_for(sample.width, sample.height, self.side, aspect=not self.settings.square)
-
-    def _is_small(self, sample: Sample) -> bool:
-        return enlargement(sample.width, sample.height, self._bucket(sample)) > 1
 
     def _kept_apart(self) -> set[int]:
         """Which samples are held out: those whose keys have the smallest digests, however the source is ordered."""
         count = self.settings.held_out
         if count >= len(self.samples):
             raise InvalidInput(
-                f"flow_matching.data.held_out is {count}, but there are only {len(self.samples)} samples; hold out"
-                " fewer."
+                f"{self._table}.held_out is {count}, but there are only {len(self.samples)} samples; hold out fewer."
             )
         ranked = sorted(self.samples, key=lambda i: hashlib.sha256(self.samples[i].key.encode()).digest())
         return set(ranked[:count])
@@ -259,36 +300,38 @@ class DatasetBatches:
         if control.kind != "map":
             return lambda index: control_map(control.kind, self.picture(index)), control.kind
         assert self._maps is not None
-        paired, numbers = self._maps
+        maps = self._maps
 
         def read(index: int) -> Image.Image:
             height, width = self.buckets[index]
-            return cut(paired.picture(numbers[self.samples[index].key]), height, width, upscale=True)
+            upscale = self.settings.small == "upscale"
+            return cut(maps.picture(self.samples[index].key), height, width, upscale=upscale)
 
-        return read, self._mapped
+        return read, maps.identity()
 
-    def _paired(self) -> tuple[Dataset, dict[str, int]]:
-        """The control pictures, and their numbers by the keys of the samples; those of broken ones are left out."""
-        paired = open_source(self.settings.controls, prompt="control")
-        numbers: dict[str, int] = {}
-        unread = [finding for finding in paired.findings if finding.is_broken]
-        for index in range(len(paired)):
-            try:
-                numbers[paired.sample(index).key] = index
-            except BadSample as error:
-                unread.append(error.finding)
-        missing = [index for index, sample in self.samples.items() if sample.key not in numbers]
-        if len(missing) > sum(finding.samples for finding in unread):
+    def _paired(self) -> ControlMaps:
+        """Open the control pictures; samples whose own is broken are left out, and small ones as settings have it."""
+        with about("flow_matching.data.controls"):
+            maps = ControlMaps(self.settings.controls, self.samples.values())
+        if maps.unexplained:
             raise InvalidInput(
-                f"{len(missing)} pictures have no control picture of the same name in {self.settings.controls}, the"
-                f" first is {self.samples[missing[0]].place}."
+                f"flow_matching.data.controls: {len(maps.unexplained)} pictures have no control picture of the same"
+                f" name in {maps.path}, the first is {maps.unexplained[0].place}."
             )
-        for finding in unread if missing else ():
+        for finding in maps.findings if maps.missing else ():
             self._broken.note(finding)
-        for index in missing:
-            del self.samples[index]
-        self._mapped = paired.identity(captions=False)
-        return paired, numbers
+        lost = {sample.key for sample in maps.missing}
+        small = {
+            sample.key: maps.samples[sample.key]
+            for sample in self.samples.values()
+            if sample.key not in lost and _is_small(maps.samples[sample.key], self._bucket(sample))
+        }
+        self._tell_small(list(small.values()), maps.path)
+        lost |= small.keys() if self.settings.small == "skip" else set()
+        self.samples = {index: sample for index, sample in self.samples.items() if sample.key not in lost}
+        if not self.samples:
+            raise BadData(f"No picture in {self.settings.path} has a control picture that can be trained on.")
+        return maps
 
 
 class PriorBatches:
@@ -308,10 +351,5 @@ class PriorBatches:
         return self.instance.held_out()
 
 
-def _small_told(small: Sequence[Sample], side: int) -> str:
-    shown = ", ".join(f"{one.place} ({one.width}x{one.height})" for one in small[:_SHOWN])
-    return (
-        f"{len(small)} pictures are smaller than their bucket at {side} pixels: {shown}"
-        f"{', ...' if len(small) > _SHOWN else ''}. Train at a smaller size (flow_matching.data.size), or set"
-        ' flow_matching.data.small to "skip" or "upscale".'
-    )
+def _is_small(sample: Sample, bucket: tuple[int, int]) -> bool:
+    return enlargement(sample.width, sample.height, bucket) > 1

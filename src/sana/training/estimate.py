@@ -24,6 +24,8 @@ MAP_8BIT = 2 * 256 * 4
 """Bytes of the two tables of what a byte means."""
 SHARE = 0.25
 """Share of a bare product's rate that training steps reach: 24 to 29 % in `benchmarks/README.md`, training.py."""
+WALKS = 4
+"""Micro-batches that are walked at most: two in each of two turns, numbers 0 to 3."""
 GATHERED = 3
 """Times a whole block that split weights are put together to: this one, the next one, and its gradients."""
 

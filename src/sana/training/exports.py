@@ -36,10 +36,13 @@ Facts = Mapping[str, str]
 """Rows of a model card's table."""
 
 
-def write(trainable: Trainable, start: str, card: Card | None, facts: Facts, folder: Path, name: str = "") -> None:
+def write(
+    trainable: Trainable, start: str, card: Card | None, facts: Facts, folder: Path, name: str = "", trigger: str = ""
+) -> None:
     """Write what `trainable` learnt on top of the model `start`.
 
-    `card` is that of the start, `facts` are told in the model card, `name` is the card that a whole model shall carry.
+    `card` is that of the start, `facts` are told in the model card, `name` is the card that a whole model shall carry,
+    `trigger` calls what it learnt, unless an adapter has its own.
     Errors: NonFinite naming a tensor; OSError naming the file that could not be written.
     """
     if isinstance(trainable, LoraTrainable):
@@ -54,7 +57,7 @@ def write(trainable: Trainable, start: str, card: Card | None, facts: Facts, fol
         assert isinstance(trainable, FullTrainable)
         _model(trainable, start, card, folder, name)
         kind = "text-to-image"
-    trigger = trainable.settings.trigger if isinstance(trainable, LoraTrainable) else ""
+    trigger = trainable.settings.trigger if isinstance(trainable, LoraTrainable) else trigger
     text = model_card(kind, start, card, facts, trigger)
     publish(folder / CARD_FILE, lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -96,11 +99,8 @@ def _model(trainable: FullTrainable, start: str, card: Card | None, folder: Path
 
 
 def _own(card: Card | None, transformer: SanaTransformer2DModel) -> str:
-    """Return the name of the start's card, or none where the model was trained on to another size."""
-    sizes = ("sample_size", "interpolation_scale")
-    if card is None or any(getattr(card.transformer, key) != getattr(transformer.config, key) for key in sizes):
-        return ""
-    return card.name
+    """Return the name of the start's card, or none where the model was made another one."""
+    return "" if card is None or transformer.config.to_dict() != card.transformer.to_dict() else card.name
 
 
 def stored_dtypes(start: str) -> dict[str, torch.dtype]:
@@ -125,10 +125,11 @@ def model_card(kind: str, start: str, card: Card | None, facts: Facts, trigger: 
         header["instance_prompt"] = trigger
     licence = card.licence if card is not None else "that of the base model; look there before you share this"
     control = facts.get(CONTROL, "canny")
+    prompt = f"a prompt with {trigger}" if trigger else "a prompt"
     use = {
-        "lora": f'sana "a prompt{f" with {trigger}" if trigger else ""}" -m {start} --lora {ADAPTER}',
-        "controlnet": f'sana "a prompt" -m {start} --controlnet FOLDER --control {control} picture.png',
-        "text-to-image": 'sana "a prompt" -m FOLDER',
+        "lora": f'sana "{prompt}" -m {start} --lora {ADAPTER}',
+        "controlnet": f'sana "{prompt}" -m {start} --controlnet FOLDER --control {control} picture.png',
+        "text-to-image": f'sana "{prompt}" -m FOLDER',
     }[kind]
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     sections = [

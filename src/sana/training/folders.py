@@ -110,19 +110,24 @@ def check_changes(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
         _log.warning("'%s' goes on with other settings than before: %s", folder, ", ".join(told))
 
 
-def check_data(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Tell when a run goes on with other samples than it was begun with; the settings tell which data it names."""
-    told = [
+def changed_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return which data sets are other ones than those saved; the settings tell which a run names."""
+    return ", ".join(
         f"{name} {saved[name]['samples']} -> {content['samples']} samples"
         + (" of other content" if saved[name]["samples"] == content["samples"] else "")
         for name, content in now.items()
         if saved.get(name, content) != content
-    ]
+    )
+
+
+def check_data(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Tell when a run goes on with other data than it was begun with."""
+    told = changed_data(saved, now)
     if told:
         _log.warning(
             "'%s' goes on with other data than before: %s; from here on their order is another, and the run will not "
             "end as it would have with the data of before",
-            *(folder, ", ".join(told)),
+            *(folder, told),
         )
 
 

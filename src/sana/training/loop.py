@@ -88,7 +88,9 @@ class Trainer:
         self.samples = run.batch_size * self.draws_per_step
         self.players = Players(objective, run, optimizer, discriminator_optimizer, self.samples)
         self.average = self.players.average
-        self._data = {f"{objective.name}.{name}": asdict(content) for name, content in objective.data.items()}
+        self.data: dict[str, dict[str, Any]] = {
+            f"{objective.name}.{name}": asdict(content) for name, content in objective.data.items()
+        }
         self.step, self.draws, self.refused = 0, 0, 0
         self._look_is_due = True
         self.best: dict[str, Any] = {}
@@ -128,7 +130,7 @@ class Trainer:
             "draws_per_step": self.draws_per_step,
             "best": self.best,
             "look_is_due": self._look_is_due,
-            "data": self._data,
+            "data": self.data,
             "settings": self._tables,
         }
 
@@ -139,7 +141,7 @@ class Trainer:
         facts, saved = self._facts(), state.facts
         if self.processes.is_first:
             check_changes(self.folder, saved.get("settings", {}), self._tables)
-            check_data(self.folder, saved.get("data", {}), self._data)
+            check_data(self.folder, saved.get("data", {}), self.data)
         for key in ("objective", "seed", "batch_size", "optimizer"):
             if saved.get(key) != facts[key]:
                 raise InvalidInput(

@@ -3,6 +3,7 @@
 An origin gives the batches, the noise shift, the encoders for previews, and writes what was trained.
 """
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping
@@ -25,12 +26,18 @@ from sana.text.gemma import PromptEncoder
 from sana.text.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana.training import exports
 from sana.training.batches import Batch, Batches, collated
-from sana.training.config import RunSettings, build
-from sana.training.dataset_batches import Control, DatasetBatches, PriorBatches
+from sana.training.config import RunSettings, about, build
+from sana.training.dataset_batches import PRIOR, Control, DatasetBatches, PriorBatches
 from sana.training.dataset_features import Encoders
 from sana.training.drawn_batches import DrawnBatches
 from sana.training.drawn_features import FeatureStore, load_text
-from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, PriorSettings, table
+from sana.training.objectives.flow_settings import (
+    DataSettings,
+    FlowMatchingSettings,
+    PriorSettings,
+    check_carried,
+    table,
+)
 from sana.training.priors import draw_missing
 from sana.training.starting import StartModel
 from sana.training.trainables import (
@@ -40,6 +47,7 @@ from sana.training.trainables import (
     LoraSettings,
     LoraTrainable,
     Trainable,
+    check_blocks,
 )
 
 DRAWN_PROMPTS = (
@@ -174,9 +182,15 @@ class ModelOrigin:
         prior = table(PriorSettings, settings, "prior")
         if prior is None:
             return batches
+        known = self._class_data(prior, data, side)
+        return PriorBatches(batches, DatasetBatches(known, self.encoders, table=PRIOR, **options), prior.weight)
+
+    def _class_data(self, prior: PriorSettings, data: DataSettings, side: int) -> DataSettings:
+        """Draw the class pictures that are missing, and return what describes all of them; `data` is of the others."""
         draw_missing(self.start, prior, side, self.run.seed)
-        known = DataSettings(path=prior.folder, square=True, caption=prior.prompt, features=data.features)
-        return PriorBatches(batches, DatasetBatches(known, self.encoders, **options), prior.weight)
+        return DataSettings(
+            path=prior.folder, square=True, caption=prior.prompt, features=data.features, small=prior.small
+        )
 
     def _side(self) -> int:
         """The size in pixels of the model that is trained."""
@@ -221,17 +235,37 @@ class ModelOrigin:
         """
         settings = self.settings
         dtype = torch.bfloat16 if settings.base_dtype == "bfloat16" else torch.float32
-        transformer = self.start.transformer(dtype, dict(settings.model))
+        transformer = self.start.transformer(dtype, dict(settings.model), fresh=settings.fresh)
         if transformer.config.guidance_embeds:
             raise _distilled(settings.start)
+        check_carried(settings.card, transformer.config, "flow_matching")
         if settings.train == "lora":
-            return LoraTrainable(transformer, build(LoraSettings, settings.lora, "flow_matching.lora"), self.run.seed)
+            return LoraTrainable(transformer, self.lora(settings.lora), self.run.seed)
         if settings.train == "controlnet":
             return ControlTrainable(transformer, self.branch(transformer))
         if settings.fresh:
             generator = torch.Generator(self.device).manual_seed(self.run.seed)
             transformer.init_weights(generator, caption_norm_scale=settings.caption_gain, zero_output=True)
         return FullTrainable(transformer)
+
+    def lora(self, table: Mapping[str, Any]) -> LoraSettings:
+        """Return the settings of an adapter, called by the trigger that the data have.
+
+        Errors: InvalidInput for one that they do not have.
+        """
+        settings = build(LoraSettings, table, "flow_matching.lora")
+        called = str(self.settings.data.get("trigger", ""))
+        if not settings.trigger:
+            return dataclasses.replace(settings, trigger=called)
+        batches = self.batches.instance if isinstance(self.batches, PriorBatches) else self.batches
+        if isinstance(batches, DrawnBatches):
+            raise InvalidInput("flow_matching.lora.trigger has no effect on the drawn world, which does not say it.")
+        if isinstance(batches, DatasetBatches) and not batches.says(settings.trigger):
+            raise InvalidInput(
+                f"flow_matching.lora.trigger is '{settings.trigger}', but no caption of {batches.settings.path} says"
+                " it, so nothing would learn it. Set flow_matching.data.trigger, which puts it into every caption."
+            )
+        return settings
 
     def other(self, name: str) -> StartModel | None:
         """Return another model of the same kind, to go on from, or None where weights do not count."""
@@ -245,8 +279,10 @@ class ModelOrigin:
 
     def _begun(self, transformer: SanaTransformer2DModel) -> SanaControlNetModel:
         if self.control.start:
-            begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
+            with about("flow_matching.control.start"):
+                begun = SanaControlNetModel.from_pretrained(self.control.start, torch_dtype=torch.float32)
             return begun.to(self.device)
+        check_blocks(self.control.blocks, transformer)
         return SanaControlNetModel.from_transformer(transformer, self.control.blocks).float()
 
     def preview_batch(self) -> Batch | None:
@@ -289,7 +325,8 @@ class ModelOrigin:
             "flow shift": f"{self.shift:g}",
             **({exports.CONTROL: self.control.kind} if settings.train == "controlnet" else {}),
         }
-        exports.write(trainable, settings.start, self.start.card, facts, folder, settings.card)
+        trigger = str(settings.data.get("trigger", ""))
+        exports.write(trainable, settings.start, self.start.card, facts, folder, settings.card, trigger)
 
 
 def _distilled(name: str) -> InvalidInput:

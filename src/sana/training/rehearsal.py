@@ -128,7 +128,9 @@ class _Unloaded:
     def __init__(self, card: Card) -> None:
         self.card = card
 
-    def transformer(self, dtype: torch.dtype, changes: dict[str, Any]) -> SanaTransformer2DModel:
+    def transformer(
+        self, dtype: torch.dtype, changes: dict[str, Any], *, fresh: bool = False
+    ) -> SanaTransformer2DModel:
         config = {**self.card.transformer.to_dict(), **changes}
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

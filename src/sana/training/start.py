@@ -1,5 +1,6 @@
 """From a recipe to a trainer."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -25,10 +26,11 @@ from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.language_model import LanguageModelObjective, LanguageModelSettings
 from sana.training.objectives.sprint.objective import SprintObjective
 from sana.training.objectives.sprint.settings import SprintSettings
+from sana.training.origins import ModelOrigin
 from sana.training.players import use_checkpointing
 from sana.training.processes import device_of, rank_of, wants_bf16, world_of
 from sana.training.rehearsal import card_of, rehearse
-from sana.training.stand_ins import with_stand_in
+from sana.training.trial import StandIns, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Kind:
     check: Callable[[Any, RunSettings], None] = lambda settings, run: None
     """Refuses a run that does not go with the settings."""
     has_two_players: Callable[[Any], bool] = lambda settings: False
+    opens_models: bool = False
+    """Whether it begins from whole models, with their encoders."""
 
 
 def settings_of(recipe: Recipe) -> Any:
@@ -64,8 +68,8 @@ def settings_of(recipe: Recipe) -> Any:
     return settings
 
 
-def objective_of(recipe: Recipe, folder: Path) -> Callable[[], Objective]:
-    """What builds the objective of a recipe whose run lies in `folder`."""
+def objective_of(recipe: Recipe, folder: Path, **opened: type[ModelOrigin]) -> Callable[[], Objective]:
+    """What builds the objective of a recipe whose run lies in `folder`; `opened` may replace what opens models."""
     settings, kind = settings_of(recipe), OBJECTIVES[recipe.objective]
     device = device_of(recipe.run)
     if device.type == "cpu":
@@ -77,7 +81,7 @@ def objective_of(recipe: Recipe, folder: Path) -> Callable[[], Objective]:
     )
 
     def make() -> Objective:
-        made: Objective = kind.objective(settings, recipe.run, device)
+        made: Objective = kind.objective(settings, recipe.run, device, **(opened if kind.opens_models else {}))
         return made
 
     return make
@@ -99,12 +103,15 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
     )
 
 
-def estimated(recipe: Recipe, folder: Path, exports: Mapping[Path, Recipe] | None = None) -> Estimate:
+def estimated(
+    recipe: Recipe, folder: Path, exports: Mapping[Path, Recipe] | None = None, place: Path | None = None
+) -> Estimate:
     """What a recipe will need, from micro-batches that train nothing.
 
     The objective is built; but for a published model that is not here, or that no accelerator is here for, it is
     rehearsed without its weights and data, and the rate of this computer is measured alone. `exports` are recipes by
-    the folder that they will export to: an autoencoder that one of them is still to train is drawn instead.
+    the folder that they will export to: what one of them is still to train is replaced, see `trial`. What is made for
+    that goes into `place`, where the next estimate finds it, or is gone at the end.
     """
     settings = settings_of(recipe)
     name = str(getattr(settings, "start", "") or getattr(settings, "teacher", ""))
@@ -112,8 +119,14 @@ def estimated(recipe: Recipe, folder: Path, exports: Mapping[Path, Recipe] | Non
     if card is not None and card.hub_id and not (torch.accelerator.is_available() and _is_here(name)):
         device_of(dataclasses.replace(recipe.run, device="cpu"))  # joins the other processes, if there are any
         return timed(rehearse(recipe, OBJECTIVES[recipe.objective].objective, settings, card, world_of()), recipe.run)
-    with tempfile.TemporaryDirectory() as place:
-        objective = objective_of(with_stand_in(recipe, folder, exports or {}, Path(place)), folder)()
+    with contextlib.nullcontext(place) if place is not None else tempfile.TemporaryDirectory() as made:
+
+        def build(recipe: Recipe, folder: Path) -> Objective:
+            tried = stand_ins.tried(recipe, folder, OBJECTIVES[recipe.objective].folders)
+            return objective_of(tried, folder, opened=Trial)()
+
+        stand_ins = StandIns(exports=exports or {}, place=Path(made), build=build)
+        objective = build(recipe, folder)
     if recipe.run.checkpointing:
         use_checkpointing(objective)
     return estimate(objective, recipe.run, recipe.optimizer, recipe.discriminator_optimizer)
@@ -150,6 +163,7 @@ OBJECTIVES: dict[str, Kind] = {
         FlowMatchingObjective,
         ("autoencoder", "text", "features"),
         check=FlowMatchingSettings.check,
+        opens_models=True,
     ),
     "sprint": Kind(
         SprintSettings,
@@ -157,5 +171,6 @@ OBJECTIVES: dict[str, Kind] = {
         ("features",),
         check=SprintSettings.check,
         has_two_players=lambda settings: settings.has_two_players,
+        opens_models=True,
     ),
 }

@@ -20,6 +20,7 @@ from sana.engine.placement import Placement
 from sana.errors import CheckpointError, InvalidInput
 from sana.flow.schedulers import SCMScheduler
 from sana.text.gemma import PromptEncoder
+from sana.training.config import called
 from sana.training.dense_time import retime
 
 logger = logging.getLogger(__name__)
@@ -60,16 +61,22 @@ class StartModel:
     def _bare(self) -> Parts:
         return self.parts(dtype="card")
 
-    def transformer(self, dtype: torch.dtype, changes: dict[str, Any]) -> SanaTransformer2DModel:
+    def transformer(
+        self, dtype: torch.dtype, changes: dict[str, Any], *, fresh: bool = False
+    ) -> SanaTransformer2DModel:
         """Load the transformer, with `changes` laid over its configuration.
 
+        With `fresh` the weights do not count and are arbitrary.
         Errors: InvalidInput for changes that the weights do not fit.
         """
         loaded: Any = self.parts("transformer", dtype={"transformer": dtype}).transformer
         if not changes:
             trained: SanaTransformer2DModel = loaded.train()
             return trained
-        changed = SanaTransformer2DModel.from_config({**loaded.config.to_dict(), **changes})
+        with called("Transformer", "flow_matching.model"):
+            changed = SanaTransformer2DModel.from_config({**loaded.config.to_dict(), **changes})
+        if fresh:
+            return changed.to(self.device, dtype).train()
         state, wanted = loaded.state_dict(), changed.state_dict()
         for name, tensor in wanted.items():
             if name not in state and name.endswith(NEW_TENSORS):

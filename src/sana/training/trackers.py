@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sana.checkpoints.storage import publish
-from sana.errors import MissingDependency
+from sana.errors import InvalidInput, MissingDependency
 
 WANDB_ID = "wandb-id"
 """File in the folder of a run with the id of its run at Weights & Biases."""
@@ -65,22 +65,31 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Open the run, which a resumed training in the same folder continues.
 
-        Errors: MissingDependency naming the extra; OSError when the run's id cannot be kept.
+        Errors: MissingDependency naming the extra; InvalidInput where the library does not open one; OSError when the
+        run's id cannot be kept.
         """
         try:
             import wandb
         except ImportError as error:
             raise _missing("wandb") from error
         self._library: Any = wandb
-        self._run = wandb.init(
-            project="sanakit",
-            name=folder.name,
-            id=_kept_id(folder / WANDB_ID),
-            dir=str(folder),
-            config=dict(settings),
-            resume="allow",
-            allow_val_change=True,  # a run may go on with other settings
-        )
+        known = _kept_id(folder / WANDB_ID)
+        try:
+            self._run = wandb.init(
+                project="sanakit",
+                name=folder.name,
+                id=known,
+                dir=str(folder),
+                config=dict(settings),
+                resume="allow",
+                allow_val_change=True,  # a run may go on with other settings
+            )
+        except wandb.errors.Error as error:  # no login, or no answer
+            told = " ".join(str(error).split())[:160].rstrip(".")
+            raise InvalidInput(
+                f"run.report names wandb, which refuses: {told}. Log in with `wandb login`, set WANDB_MODE=offline to"
+                " keep its log on this disk, or take it out."
+            ) from error
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """Send the figures of a step."""

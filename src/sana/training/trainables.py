@@ -222,6 +222,20 @@ class ControlSettings:
             raise InvalidInput(f"flow_matching.control.dropout must lie in [0, 1), but is {self.dropout}.")
 
 
+def check_blocks(count: int, transformer: LinearDiT) -> None:
+    """Refuse a control branch that is as deep as its transformer, or deeper.
+
+    Raises:
+        InvalidInput: naming the setting.
+    """
+    most = len(transformer.transformer_blocks) - 1
+    if count > most:
+        raise InvalidInput(
+            f"flow_matching.control.blocks is {count}, but the transformer has only {most + 1} blocks; copy fewer than"
+            f" that: [flow_matching.control] blocks = {max(1, most // 2)}, for example."
+        )
+
+
 class ControlTrainable:
     """A control branch, a copy of the first blocks, in front of a frozen transformer; at the start it changes nothing.
 
@@ -231,11 +245,7 @@ class ControlTrainable:
 
     def __init__(self, transformer: LinearDiT, network: SanaControlNetModel) -> None:
         """Train the blocks of `network` in front of `transformer`, which is frozen."""
-        if len(network.transformer_blocks) >= len(transformer.transformer_blocks):
-            raise InvalidInput(
-                f"flow_matching.control.blocks is {len(network.transformer_blocks)}, but the transformer has only"
-                f" {len(transformer.transformer_blocks)} blocks; copy fewer than that."
-            )
+        check_blocks(len(network.transformer_blocks), transformer)
         self.transformer = transformer.requires_grad_(False)
         self.network = network.requires_grad_(False)
         self.module: nn.Module = network

@@ -30,10 +30,11 @@ from sana.config import AutoencoderConfig
 from sana.data import cutouts
 from sana.data.cutout_shapes import KINDS
 from sana.data.identity import Content
+from sana.errors import ModelNotFound
 from sana.models.dc_ae import DCAutoencoder
 from sana.models.patch_discriminator import PatchDiscriminator
 from sana.training.autoencoder_pictures import CELL, DatasetPictures, DrawnPictures, Pictures, PictureSource
-from sana.training.config import RunSettings
+from sana.training.config import RunSettings, about, called
 from sana.training.objectives.autoencoder_settings import AutoencoderSettings
 from sana.training.objectives.base import MAIN, Check, unasked
 from sana.training.reconstruction import adaptive_weight, edge_loss, hinge_loss, mean_square, psnr, squared_error
@@ -71,10 +72,20 @@ class _Trained(nn.Module):
 
 
 def load_autoencoder(folder: str) -> DCAutoencoder:
-    """The autoencoder saved in `folder`, in float32."""
+    """The autoencoder saved in `folder`, or that of the whole model there, in float32.
+
+    Errors: ModelNotFound, CheckpointError.
+    """
     from sana.checkpoints.autoencoder import AutoencoderDC
 
-    return AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32)
+    if not Path(folder).exists():
+        raise ModelNotFound(
+            f"autoencoder.start: there is no {folder}. A path that does not begin with / counts from the run's folder,"
+            " so that stages find each other's export."
+        )
+    part = Path(folder) / "vae"
+    with about("autoencoder.start"):
+        return AutoencoderDC.from_pretrained(part if part.is_dir() else folder, torch_dtype=torch.float32)
 
 
 class AutoencoderObjective:
@@ -92,11 +103,12 @@ class AutoencoderObjective:
         torch.manual_seed(run.seed)
         self.settings, self.run, self.device = settings, run, device
         settings.check(run)
-        model = (
-            load_autoencoder(settings.start)
-            if settings.start
-            else DCAutoencoder(AutoencoderConfig.from_dict(settings.model))
-        )
+        with called("Autoencoder", "autoencoder.model"):
+            model = (
+                load_autoencoder(settings.start)
+                if settings.start
+                else DCAutoencoder(AutoencoderConfig.from_dict(settings.model))
+            )
         settings.check_model(model.config)
         self.turns = PLAYERS if settings.phase == "refine" else MAIN
         self.module = _Trained(model, settings.phase).to(device)
@@ -105,11 +117,13 @@ class AutoencoderObjective:
         self._forward: Any = self._reconstruct
         if run.compile:
             self._forward = torch.compile(self._reconstruct)
-        self.pictures: PictureSource = (
-            DatasetPictures(settings.data, run.seed, settings.size, run.batch_size)
-            if settings.data
-            else DrawnPictures(run.seed, settings.size)
-        )
+        self.pictures: PictureSource
+        with about("autoencoder.data"):
+            self.pictures = (
+                DatasetPictures(settings.data, run.seed, settings.size, run.batch_size)
+                if settings.data
+                else DrawnPictures(run.seed, settings.size)
+            )
 
     @property
     def data(self) -> Mapping[str, Content]:

@@ -7,7 +7,7 @@ from typing import Any
 from sana.config import AutoencoderConfig
 from sana.data import cutouts
 from sana.errors import InvalidInput, did_you_mean
-from sana.training.config import RunSettings
+from sana.training.config import RunSettings, check_fields
 
 PHASES = ("full", "latent", "refine", "decoder")
 
@@ -19,7 +19,8 @@ class AutoencoderSettings:
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `AutoencoderConfig`, for one that starts from nothing."""
     start: str = ""
-    """Folder of an autoencoder to go on from; empty starts from nothing."""
+    """Folder of an autoencoder, or of a whole model, to go on from; counts from the run's folder. Empty starts from
+    nothing."""
     phase: str = "full"
     """full: everything; latent: the layers around the latents, at a high resolution; refine: the decoder's head,
     against a discriminator; decoder: all of it. In the last two the encoder, and every latent, stays as it is."""
@@ -56,6 +57,7 @@ class AutoencoderSettings:
             raise InvalidInput(f"autoencoder.phase must be one of {', '.join(PHASES)}, but is '{self.phase}'.{hint}")
         if self.phase != "full" and not self.start:
             raise InvalidInput(f"The phase {self.phase} goes on from a trained autoencoder: set autoencoder.start.")
+        check_fields(AutoencoderConfig, self.model, "autoencoder.model")
         if self.start and self.model:
             raise InvalidInput("autoencoder.model has no effect with autoencoder.start. Drop one of them.")
         for name, phases in _ONLY.items():

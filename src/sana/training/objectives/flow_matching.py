@@ -25,9 +25,9 @@ from sana.errors import InvalidInput
 from sana.flow.density import NoiseLevels, loss_weights, sample_levels, sample_sigmas
 from sana.models.linear_dit import LinearDiT
 from sana.training.batches import Batch, generator_of
-from sana.training.config import RunSettings
+from sana.training.config import RunSettings, called
 from sana.training.objectives.base import MAIN, Check, trainable, unasked
-from sana.training.objectives.flow_settings import FlowMatchingSettings
+from sana.training.objectives.flow_settings import FlowMatchingSettings, check_carried
 from sana.training.origins import ModelOrigin, Origin, ScratchOrigin
 from sana.training.previews import PreviewSheet
 from sana.training.trainables import FullTrainable, Trainable
@@ -89,7 +89,9 @@ class FlowMatchingObjective:
     def _build(self) -> _Trained:
         settings, seed = self.settings, self.run.seed
         torch.manual_seed(seed)
-        config = TransformerConfig.from_dict(settings.model)
+        with called("Transformer", "flow_matching.model"):
+            config = TransformerConfig.from_dict(settings.model)
+        check_carried(settings.card, config, "flow_matching")
         if not 1 <= settings.label_block <= config.num_layers:
             told = f"flow_matching.label_block is {settings.label_block}"
             raise InvalidInput(f"{told}; the model has {config.num_layers} blocks.")

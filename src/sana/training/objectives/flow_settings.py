@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sana.cards import CARDS
+from sana.config import TransformerConfig
 from sana.data.captions import CaptionChoice
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
-from sana.training.config import RunSettings, build, changed
+from sana.training.config import RunSettings, build, changed, check_fields
 from sana.training.trainables import TRAINABLES, ControlSettings, LoraSettings
 
 T = TypeVar("T")
@@ -49,8 +50,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist."""
-        if self.small not in ("refuse", "skip", "upscale"):
-            raise InvalidInput(f"flow_matching.data.small is refuse, skip or upscale, but not '{self.small}'.")
+        _check_small(self.small, "flow_matching.data")
         if self.held_out < 0 or self.size < 0:
             raise InvalidInput("flow_matching.data.held_out and .size must not be negative.")
         try:
@@ -81,8 +81,11 @@ class PriorSettings:
     prompt: str
     """What the class is called, such as "a photo of a dog"."""
     folder: str
-    """Where its pictures lie, relative to the recipe; those that are missing are drawn by the model as it was."""
+    """Where its pictures lie: one's own, and as many as are missing from `count`, drawn by the model as it was."""
     count: int = 100
+    """Pictures of the class, one's own included; where there are more, all are learnt beside."""
+    small: str = "refuse"
+    """What becomes of pictures smaller than their bucket, as `[flow_matching.data]` has it for its own."""
     weight: float = 1.0
     steps: int = 20
     guidance: float = 4.5
@@ -91,6 +94,7 @@ class PriorSettings:
         """Refuse counts and weights that cannot be."""
         if self.count < 1 or self.steps < 1:
             raise InvalidInput("flow_matching.prior.count and .steps must be at least 1.")
+        _check_small(self.small, "flow_matching.prior")
         if not self.weight > 0:
             raise InvalidInput(f"flow_matching.prior.weight must be positive, but is {self.weight}; omit the table.")
 
@@ -184,6 +188,7 @@ class FlowMatchingSettings:
         for table, owner in (("lora", "lora"), ("control", "controlnet")):
             if getattr(self, table) and self.train != owner:
                 raise InvalidInput(f'[flow_matching.{table}] acts only with train = "{owner}"; it is "{self.train}".')
+        check_fields(TransformerConfig, self.model, "flow_matching.model")
         self._check_start() if self.start else self._check_scratch()
 
     def check(self, run: RunSettings) -> None:
@@ -269,6 +274,26 @@ def check_card(card: str, train: str, where: str) -> None:
         raise InvalidInput(f'{where}.card is of a whole model, but train = "{train}" exports a part.')
     if card and card not in CARDS:
         raise InvalidInput(f"{where}.card names no model that is known: '{card}'.{did_you_mean(card, CARDS)}")
+
+
+def check_carried(card: str, config: TransformerConfig, where: str) -> None:
+    """Refuse the card of another model than the one that is trained, which its name would be loaded as.
+
+    Raises:
+        InvalidInput: naming what differs.
+    """
+    wanted = {} if card not in CARDS else CARDS[card].transformer.to_dict()
+    for name, value in config.to_dict().items():
+        if wanted.get(name, value) != value:
+            raise InvalidInput(
+                f"{where}.card is that of {card}, whose {name} is {wanted[name]}, but what is trained has {value}. Make"
+                " them agree, or remove the card."
+            )
+
+
+def _check_small(small: str, where: str) -> None:
+    if small not in ("refuse", "skip", "upscale"):
+        raise InvalidInput(f"{where}.small is refuse, skip or upscale, but not '{small}'.")
 
 
 def check_offload(run: RunSettings, data: Mapping[str, Any], where: str) -> None:

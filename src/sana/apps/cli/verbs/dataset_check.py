@@ -24,7 +24,8 @@ Read every picture and caption of a data set and tell what is amiss, with file a
 exit code 3; the rest is told only.
 
   sana dataset check my-pictures --base 1024      also what training at 1024 px makes of them
-  sana dataset check shards --model sana-1.6b-1024   counts tokens as that model does"""
+  sana dataset check shards --model sana-1.6b-1024   counts tokens as that model does
+  sana dataset check pictures --controls edges       also the control pictures"""
 WINDOW = 300
 """Tokens of a caption that the published models read."""
 WORDS = 200
@@ -33,6 +34,12 @@ LINES = 50
 """Findings that are printed without --all."""
 ALIKE = 20
 """Difference of colours, out of 255, up to which two pictures are alike: the most of 8 x 8 fields."""
+SMALL = {
+    "refuse": ("small", ""),
+    "skip": ("left-out", "The picture is left out."),
+    "upscale": ("enlarged", "It is enlarged."),
+}
+"""What becomes of a small control picture -> the kind of the finding, and the end of its sentence."""
 FLIPPED = 3
 """Bits of 64 in which the outlines of alike pictures may differ."""
 
@@ -49,6 +56,8 @@ class Checking:
     """Model whose tokens the captions are counted in; left out, words are counted."""
     trigger: Annotated[str, Spelling(value="WORDS")] = ""
     """What [trigger] in the captions stands for."""
+    controls: Annotated[str | None, Spelling(value="FOLDER")] = None
+    """Control pictures of the same names, which training a control network reads; they are checked, too."""
     headers: bool = False
     """Read no more of the pictures than their headers: fast, but damage and doubles are not seen."""
     all: bool = False
@@ -87,11 +96,51 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     wanted = Wanted(base=options.base, small=options.small, choice=CaptionChoice(trigger=options.trigger))
     too_long = _counter(options.model)
     seen = Checked(findings=list(source.findings))
+    used: list[Seen] = []
     with terminal.count(len(source), text="reading") as progress:
         for one in examine(source, wanted):
-            _take(source, one, seen, too_long, decode=not options.headers)
+            _take(source, one, seen, _told_too_long(too_long, options.trigger), decode=not options.headers)
+            used += [one] if one.is_used else []
             progress.advance(f"{one.number + 1} of {len(source)}")
+    if options.controls is not None:
+        seen.findings += _of_controls(options.controls, used, options)
     return _tell(path, len(source), seen, options, terminal)
+
+
+def _told_too_long(too_long: Callable[[str], str], trigger: str) -> Callable[[str], str]:
+    """Return what tells how a caption is too long when it is read with the trigger in it."""
+    from sana.data.captions import triggered
+
+    return (lambda text: too_long(triggered(text, trigger))) if trigger else too_long
+
+
+def _of_controls(path: str, used: "Sequence[Seen]", options: Checking) -> "Iterator[Finding]":
+    """Yield what is amiss with the control pictures of samples that would be trained on."""
+    from sana.data.buckets import enlargement
+    from sana.data.controls import ControlMaps
+    from sana.data.samples import BadSample, Finding
+
+    maps = ControlMaps(path, [one.sample for one in used if one.sample is not None])
+    yield from maps.findings
+    for sample in maps.unexplained:
+        text = f"There is no control picture of the same name in {path}."
+        yield Finding(kind="missing", place=sample.place, text=text)
+    lost = {sample.key for sample in maps.missing}
+    for one in used:
+        if one.sample is None or one.sample.key in lost:
+            continue
+        known = maps.samples[one.sample.key]
+        place = f"{path}/{known.place}"
+        larger = 1.0 if one.bucket is None else enlargement(known.width, known.height, one.bucket)
+        if larger > 1 and one.bucket is not None:
+            kind, end = SMALL[options.small]
+            told = f"{known.width} x {known.height} pixels do not cover the bucket of {one.bucket[1]} x {one.bucket[0]}"
+            yield Finding(kind=kind, place=place, text=f"{told}. {end}".strip())
+        if not options.headers:
+            try:
+                maps.picture(one.sample.key)
+            except BadSample as error:
+                yield error.finding
 
 
 def _counter(model: str | None) -> Callable[[str], str]:

@@ -68,6 +68,8 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
 
     source, choice = open_source(path), CaptionChoice(trigger=options.trigger)
     found = survey(source, Wanted(base=options.base, small=options.small, choice=choice))
+    if unsaid := next((finding for finding in found.findings if finding.kind == "trigger"), None):
+        raise InvalidInput(f"{unsaid.place}: a caption has [trigger] in it. Say what it stands for with --trigger.")
     order = BucketedOrder(found.buckets, 1, options.seed)
     reader = Reader(source, found, order, upscale=options.small == "upscale")
     taken = [reader.read(draw)[0] for draw in range(min(options.count, order.batches_per_epoch))]

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import shlex
 import signal
+import tempfile
 import threading
 import time
 import tomllib
@@ -20,7 +22,7 @@ from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.demo import demo, next_steps
 from sana.apps.cli.names import tell_place
 from sana.apps.cli.output import Terminal, duration
-from sana.errors import InvalidInput, NotWritten
+from sana.errors import InvalidInput, NotWritten, SanaError
 
 if TYPE_CHECKING:
     from sana.training.config import Recipe
@@ -77,8 +79,11 @@ class Stage:
         """Where the trained part goes."""
         return self.folder / "export"
 
+    located: "Callable[[], contextlib.AbstractContextManager[None]]"
+    """Adds to a sentence about a setting where it was given."""
+
     def record(self) -> Any:
-        """Return what `FINISHED` holds: the recipe, as JSON reads it back."""
+        """Return what `FINISHED` holds beside the data: the recipe, as JSON reads it back."""
         return json.loads(json.dumps(dataclasses.asdict(self.recipe)))
 
 
@@ -122,22 +127,29 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
 def _tell_needs(stages: Sequence[Stage], terminal: Terminal) -> int:
     from sana.training.start import estimated
 
-    told = []
     exports = {Path(os.path.normpath(stage.export)): stage.recipe for stage in stages}
-    for stage in stages:
-        needs = estimated(stage.recipe, stage.folder, exports)
-        assert needs.seconds is not None
-        about = f"{'' if needs.rate is None else 'about '}{duration(needs.seconds)} for {stage.recipe.run.steps} steps"
-        terminal.result(f"{stage.name}: {_gib(needs.total)} at most, beside the program itself; {about}")
-        for kind, meaning in KINDS.items():
-            if getattr(needs, kind):
-                terminal.result(f"  {_gib(getattr(needs, kind)):>10}  {meaning}")
-        if needs.rate is not None:
-            terminal.result(_step_told(needs))
-        seconds = {"step_seconds": needs.step_seconds, "least_step_seconds": needs.least_step_seconds}
-        told.append({"name": stage.name, **dataclasses.asdict(needs), "total": needs.total, **seconds})
+    told = []
+    with tempfile.TemporaryDirectory() as place:
+        for stage in stages:
+            with stage.located():
+                needs = estimated(stage.recipe, stage.folder, exports, Path(place))
+            told.append(_needs_told(stage, needs, terminal))
     terminal.document({"stages": told, "warnings": terminal.warnings})
     return 0
+
+
+def _needs_told(stage: Stage, needs: "Estimate", terminal: Terminal) -> dict[str, Any]:
+    """Print what one stage needs, and return it."""
+    assert needs.seconds is not None
+    about = f"{'' if needs.rate is None else 'about '}{duration(needs.seconds)} for {stage.recipe.run.steps} steps"
+    terminal.result(f"{stage.name}: {_gib(needs.total)} at most, beside the program itself; {about}")
+    for kind, meaning in KINDS.items():
+        if getattr(needs, kind):
+            terminal.result(f"  {_gib(getattr(needs, kind)):>10}  {meaning}")
+    if needs.rate is not None:
+        terminal.result(_step_told(needs))
+    seconds = {"step_seconds": needs.step_seconds, "least_step_seconds": needs.least_step_seconds}
+    return {"name": stage.name, **dataclasses.asdict(needs), "total": needs.total, **seconds}
 
 
 def _step_told(needs: "Estimate") -> str:
@@ -195,14 +207,31 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         file = Path(path)
         root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
         recipe = load_recipe(path, own)
-        with located(path, file.read_text(encoding="utf-8"), own):
+        where = functools.partial(located, path, file.read_text(encoding="utf-8"), own)
+        with where():
             settings_of(recipe)
-        stages.append(Stage(name=file.stem, recipe=recipe, folder=root / file.stem))
+        stages.append(Stage(name=file.stem, recipe=recipe, folder=root / file.stem, located=where))
     folders = [stage.folder for stage in stages]
     for folder in folders:
         if folders.count(folder) > 1:
             raise InvalidInput(f"Two of the recipes would be trained in {folder}. Train them with separate commands.")
-    return stages
+    return list(_in_order(stages))
+
+
+def _in_order(stages: Sequence[Stage]) -> Iterator[Stage]:
+    """Yield the stages as given, but each after those whose exports it names: shells sort 10 before 2."""
+    waiting = list(stages)
+    while waiting:
+        exports = {os.path.normpath(stage.export) for stage in waiting}
+        ready = next((stage for stage in waiting if not exports & _named_paths(stage)), waiting[0])
+        waiting.remove(ready)
+        yield ready
+
+
+def _named_paths(stage: Stage) -> set[str]:
+    """Return the paths that a stage may mean by its settings, which count from here or from its folder."""
+    texts = [value for value in stage.recipe.settings.values() if isinstance(value, str)]
+    return {os.path.normpath(path) for text in texts for path in (text, os.path.join(stage.folder, text))}
 
 
 def _tables(path: str) -> frozenset[str]:
@@ -225,7 +254,7 @@ def _is_finished(stage: Stage, terminal: Terminal) -> bool:
     """Tell whether a stage was trained to the end; a longer recipe is trained on, other changes are only mentioned."""
     try:
         record = json.loads((stage.folder / FINISHED).read_text(encoding="utf-8"))
-        steps = int(record["run"]["steps"])
+        steps, data = int(record["run"]["steps"]), dict(record.pop("data", {}))
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if not stage.export.is_dir() or steps < stage.recipe.run.steps:
@@ -235,7 +264,26 @@ def _is_finished(stage: Stage, terminal: Terminal) -> bool:
             f"{stage.folder} was trained with other settings than the recipe has now. It is kept as it is;"
             " to train again, remove it or choose another -o."
         )
+    elif data:
+        _tell_data(stage, data, terminal)
     return True
+
+
+def _tell_data(stage: Stage, data: Mapping[str, Any], terminal: Terminal) -> None:
+    """Tell when a finished stage was trained on other data than its recipe finds now."""
+    from sana.training.contents import contents
+    from sana.training.folders import changed_data
+
+    try:
+        told = changed_data(data, contents(stage.recipe))
+    except SanaError as error:
+        terminal.warn(f"{stage.folder} is kept as it is; what it was trained on cannot be read any more: {error}")
+        return
+    if told:
+        terminal.warn(
+            f"{stage.folder} was trained on other data than there are now: {told}. It is kept as it is; to train again,"
+            " remove it or choose another -o."
+        )
 
 
 def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
@@ -248,7 +296,8 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
     from sana.training.start import start
 
     terminal.say(f"{stage.name}: preparing {stage.recipe.objective.replace('_', ' ')} in {stage.folder}")
-    trainer = start(stage.recipe, stage.folder)
+    with stage.located():
+        trainer = start(stage.recipe, stage.folder)
     if trainer.step:
         terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
     asked = _loop(stage, trainer, terminal)
@@ -257,16 +306,16 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
         raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)
     if trainer.is_first:
-        _note_finished(stage)
+        _note_finished(stage, trainer.data)
     if asked:
         raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
     return trainer.is_first
 
 
-def _note_finished(stage: Stage) -> None:
+def _note_finished(stage: Stage, data: Mapping[str, Any]) -> None:
     from sana.checkpoints.storage import publish
 
-    text = json.dumps(stage.record(), indent=1)
+    text = json.dumps({**stage.record(), "data": data}, indent=1)
     try:
         publish(stage.folder / FINISHED, lambda beside: beside.write_text(text, encoding="utf-8"))
     except OSError as error:

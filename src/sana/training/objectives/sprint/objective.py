@@ -69,13 +69,14 @@ class SprintObjective:
                 prompts=settings.prompts,
                 **drawn,
             )
-        self.origin = (opened or ModelOrigin)(flow, run, device)
+            self.origin = (opened or ModelOrigin)(flow, run, device)
         whole = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
         check_teacher(whole, settings.teacher)
         config = whole.config
         self.taps = settings.taps or taps_of(config.num_layers)
         torch.manual_seed(run.seed)
-        taught = take_on(settings, run.seed, self.origin, whole)
+        with named("flow_matching", "sprint"):
+            taught = take_on(settings, run.seed, self.origin, whole)
         self.teacher, self.network, self.trainable, self.frozen = taught
         self.student = self.network.transformer
         critic = self.origin.start.transformer(torch.float32, {}) if settings.matching_weight else None
@@ -190,4 +191,5 @@ class SprintObjective:
             **({exports.CONTROL: self.origin.control.kind} if settings.train == "controlnet" else {}),
         }
         card = StartModel(settings.student, self.device).card
-        exports.write(self.trainable, settings.student, card, facts, folder)
+        trigger = str(settings.data.get("trigger", ""))
+        exports.write(self.trainable, settings.student, card, facts, folder, trigger=trigger)

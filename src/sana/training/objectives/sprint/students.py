@@ -10,12 +10,12 @@ from sana.config import TransformerConfig
 from sana.errors import InvalidInput
 from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
-from sana.training.config import build, named
+from sana.training.objectives.flow_settings import check_carried
 from sana.training.objectives.sprint.networks import Backbone
 from sana.training.objectives.sprint.settings import SprintSettings
 from sana.training.origins import ModelOrigin
 from sana.training.starting import StartModel
-from sana.training.trainables import ControlTrainable, FullTrainable, LoraSettings, LoraTrainable, Trainable
+from sana.training.trainables import ControlTrainable, FullTrainable, LoraTrainable, Trainable
 
 DENSE = 0.001
 """Timestep scale of a model that is told sigma itself: pipelines count 1000 sigma."""
@@ -88,10 +88,11 @@ class Taught(NamedTuple):
 def take_on(settings: SprintSettings, seed: int, origin: ModelOrigin, teacher: SanaTransformer2DModel) -> Taught:
     """Return a student of `teacher`, new or gone on from another, and both as the settings have them.
 
-    Errors: InvalidInput for another model that does not fit, an adapter that fits no layer, and a control branch that
-    is told time otherwise under a distilled model.
+    Errors: InvalidInput for another model that does not fit, the card of one, an adapter that fits no layer, and a
+    control branch that is told time otherwise under a distilled model.
     """
     student = student_of(teacher, seed).train().requires_grad_(True)
+    check_carried(settings.card, student.config, "sprint")
     begun = origin.other(settings.student) if settings.student else None
     if begun is not None:
         go_on(student, begun)
@@ -101,8 +102,7 @@ def take_on(settings: SprintSettings, seed: int, origin: ModelOrigin, teacher: S
     if settings.train == "full":
         return Taught(Backbone(teacher), Backbone(student), FullTrainable(student), (teacher,))
     if settings.train == "lora":
-        with named("flow_matching.lora", "sprint.lora"):
-            adapter = LoraTrainable(student, build(LoraSettings, settings.lora, "sprint.lora"), seed)
+        adapter = LoraTrainable(student, origin.lora(settings.lora), seed)
         return Taught(Backbone(teacher), Backbone(student), adapter, (teacher, student))
     fixed = Backbone(teacher, origin.branch(teacher).eval().requires_grad_(False))
     own = ControlTrainable(student, origin.branch(teacher))

@@ -1,0 +1,74 @@
+"""Control pictures in a folder of their own, which belong to the pictures of a data set by their names."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sana.data.open import open_source
+from sana.data.samples import BadSample, Finding, Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ControlMaps:
+    """The control pictures of samples; each has the shape of its picture, at any size."""
+
+    def __init__(self, path: str, samples: Iterable[Sample]) -> None:
+        """Open the control pictures and look at the header of each that belongs to one of `samples`.
+
+        Raises:
+            ModelNotFound, InvalidInput, BadData: as `open_source`.
+        """
+        self.path, self._source = path, open_source(path, prompt="control")
+        self.findings: list[Finding] = [self._placed(found) for found in self._source.findings if found.is_broken]
+        """What is broken, or of another shape; their samples have no control picture."""
+        self.missing: list[Sample] = []
+        """Samples without one, those of the findings included."""
+        self.samples: dict[str, Sample] = {}
+        """What is known of each, by the key of the picture that it belongs to."""
+        self._numbers: dict[str, int] = {}
+        for index in range(len(self._source)):
+            try:
+                sample = self._source.sample(index)
+            except BadSample as error:
+                self.findings.append(self._placed(error.finding))
+                continue
+            self.samples[sample.key], self._numbers[sample.key] = sample, index
+        for sample in samples:
+            known = self.samples.get(sample.key)
+            if known is not None and not _is_of_shape(known, sample):
+                text = (
+                    f"It has {known.width} x {known.height} pixels, another shape than its picture {sample.place} of"
+                    f" {sample.width} x {sample.height}. Save it in that shape."
+                )
+                self.findings.append(self._placed(Finding(kind="other-shape", place=known.place, text=text)))
+                del self.samples[sample.key]
+                known = None
+            if known is None:
+                self.missing.append(sample)
+
+    @property
+    def unexplained(self) -> list[Sample]:
+        """The missing ones, if there are more of them than findings tell why; else none."""
+        return self.missing if len(self.missing) > sum(found.samples for found in self.findings) else []
+
+    def picture(self, key: str) -> "Image":
+        """Return the control picture of a sample in RGB, upright. Raises BadSample naming its place."""
+        try:
+            return self._source.picture(self._numbers[key])
+        except BadSample as error:
+            raise BadSample(self._placed(error.finding)) from None
+
+    def identity(self) -> str:
+        """Return hexadecimal digits that tell these from any other."""
+        return self._source.identity(captions=False)
+
+    def _placed(self, finding: Finding) -> Finding:
+        return replace(finding, place=f"{self.path}/{finding.place}")
+
+
+def _is_of_shape(control: Sample, picture: Sample) -> bool:
+    # Sides are whole pixels: those of a scaled picture are off by less than one each.
+    across = abs(control.width * picture.height - control.height * picture.width)
+    return across <= picture.width + picture.height

@@ -1,0 +1,120 @@
+"""What a dry run tries a recipe with, so that nothing is drawn, computed ahead or written where the training would.
+
+Models that other recipes are still to train are replaced by untrained ones of their shapes; of the drawn world there is
+a small part; and of a data set no more is encoded than the batches that are tried.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sana.config import AutoencoderConfig
+from sana.errors import InvalidInput
+from sana.training.config import Recipe, RunSettings
+from sana.training.drawn_batches import HELD_OUT
+from sana.training.estimate import WALKS
+from sana.training.objectives.base import Objective
+from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSettings, PriorSettings
+from sana.training.origins import ModelOrigin
+from sana.training.priors import missing_numbers
+
+MODELS = ("start", "teacher", "student", "autoencoder", "text")
+"""Settings that may name what another recipe exports."""
+_log = logging.getLogger(__name__)
+
+
+class Trial(ModelOrigin):
+    """A model and its data of which no more is encoded than some batches."""
+
+    def __init__(self, settings: FlowMatchingSettings, run: RunSettings, device: torch.device) -> None:
+        """Open both; where the training would have features in files, the encoders are gone afterwards.
+
+        Errors: as of `ModelOrigin`.
+        """
+        features = settings.data.get("features", "")
+        super().__init__(
+            replace(settings, data={k: v for k, v in settings.data.items() if k != "features"}), run, device
+        )
+        if features:
+            for draw in range(WALKS):
+                self.batches.batch(draw, torch.Generator())
+            self.start.release()
+
+    def _class_data(self, prior: PriorSettings, data: DataSettings, side: int) -> DataSettings:
+        """Take the pictures to be learnt for those of the class, which are as large."""
+        missing = len(missing_numbers(self.start, prior, side))
+        if missing:
+            _log.info("the training will draw %d pictures of '%s' into %s first", missing, prior.prompt, prior.folder)
+        return replace(data, caption=prior.prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIns:
+    """Makes recipes that can be tried before those that they build on are trained."""
+
+    exports: Mapping[Path, Recipe]
+    """Recipes by the folder that they will export to."""
+    place: Path
+    """Folder for what is made for trials, which others may find there again."""
+    build: Callable[[Recipe, Path], Objective]
+    """Builds the objective of a recipe whose run lies in a folder."""
+
+    def tried(self, recipe: Recipe, folder: Path, relative: tuple[str, ...]) -> Recipe:
+        """Return the recipe whose run lies in `folder`, on what is there or stands in for it.
+
+        `relative` are the settings whose paths count from that folder.
+        Errors: InvalidInput when nothing is there and no recipe makes it.
+        """
+        settings = dict(recipe.settings)
+        for name in MODELS:
+            if not isinstance(settings.get(name), str) or not settings[name]:
+                continue
+            path = Path(os.path.normpath(folder / settings[name] if name in relative else settings[name]))
+            if path.exists():
+                settings[name] = str(path.resolve()) if name in relative else settings[name]
+            elif path in self.exports:
+                settings[name] = str(self._made(path))
+            elif name in relative:
+                raise InvalidInput(
+                    f"{recipe.objective}.{name} is not there yet: {path}. Name the recipe that trains it before this"
+                    " one, or train it first."
+                )
+        if settings.get("features"):
+            batch = HELD_OUT + recipe.run.batch_size
+            settings |= {"features": str((self.place / "features").resolve())}
+            settings |= {"scenes": min(int(settings.get("scenes", batch)), batch), "captions": 1}
+        return replace(recipe, settings=settings)
+
+    def _made(self, path: Path) -> Path:
+        """Return an untrained model of the shapes that a recipe will export to `path`."""
+        maker, made = self.exports[path], self.place.resolve() / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        if made.exists():
+            return made
+        if maker.objective == "autoencoder":
+            _drawn(self._root(path), made)
+        else:
+            self.build(maker, path.parent).export(made)
+        return made
+
+    def _root(self, path: Path) -> Recipe:
+        """Return the recipe whose autoencoder others trained on; they change no shape."""
+        maker = self.exports[path]
+        while start := maker.settings.get("start"):
+            path = Path(os.path.normpath(path.parent / str(start)))
+            if path not in self.exports:
+                raise InvalidInput(f"autoencoder.start is not there yet: {path}. Name the recipe that trains it, too.")
+            maker = self.exports[path]
+        return maker
+
+
+def _drawn(maker: Recipe, place: Path) -> None:
+    from sana.checkpoints.autoencoder import AutoencoderDC
+
+    model: Mapping[str, Any] = maker.settings.get("model", {})
+    AutoencoderDC.from_config(AutoencoderConfig.from_dict(model)).save_pretrained(place)
