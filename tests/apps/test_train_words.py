@@ -201,6 +201,25 @@ def test_a_dry_run_goes_over_stages_of_which_none_is_trained(sana: Sana) -> None
     assert everything() == {*before, Path("toy/10-second.toml")}
 
 
+def test_a_dry_run_of_later_phases_begins_from_what_is_there(sana: Sana, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana.training.objectives import autoencoder
+
+    monkeypatch.setattr(autoencoder, "SCALED_PICTURES", 2)
+    draw_pictures("pictures")
+    phase = AUTOENCODER.split("[autoencoder.model]")[0] + 'phase = "latent"\nstart = "../{}/export"\n'
+    stages = [write(f"ae/{name}.toml", phase.format(before)) for name, before in (("b", "a"), ("c", "b"))]
+    refused = sana("train", *stages, "--dry-run")
+    assert refused.code == 2
+    assert "ae/b.toml, line 10: autoencoder.start is not there yet: runs/ae/a/export. Name the recipe" in refused.err
+    first = write("ae/a.toml", AUTOENCODER)
+    assert sana("train", *stages, first, "--dry-run").code == 0
+    assert not Path("runs").exists()
+    assert sana("train", first).code == 0
+    said = sana("train", *stages, "--dry-run", "--json")
+    assert said.code == 0, said.err
+    assert [stage["name"] for stage in json.loads(said.out)["stages"]] == ["b", "c"]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "sentence"),
     [

@@ -73,48 +73,49 @@ class StandIns:
         """
         settings = dict(recipe.settings)
         for name in MODELS:
-            if not isinstance(settings.get(name), str) or not settings[name]:
-                continue
-            path = Path(os.path.normpath(folder / settings[name] if name in relative else settings[name]))
-            if path.exists():
-                settings[name] = str(path.resolve()) if name in relative else settings[name]
-            elif path in self.exports:
-                settings[name] = str(self._made(path))
-            elif name in relative:
-                raise InvalidInput(
-                    f"{recipe.objective}.{name} is not there yet: {path}. Name the recipe that trains it before this"
-                    " one, or train it first."
+            if settings.get(name):
+                settings[name] = self._there(
+                    recipe.objective, name, settings[name], folder if name in relative else None
                 )
+        control = settings.get("control", {})
+        if control.get("start"):
+            begun = self._there(recipe.objective, "control.start", control["start"], None)
+            settings["control"] = {**control, "start": begun}
         if settings.get("features"):
             batch = HELD_OUT + recipe.run.batch_size
             settings |= {"features": str((self.place / "features").resolve())}
             settings |= {"scenes": min(int(settings.get("scenes", batch)), batch), "captions": 1}
         return replace(recipe, settings=settings)
 
+    def _there(self, objective: str, name: str, value: str, folder: Path | None) -> str:
+        """Return a model that a setting names, whose path may count from a folder, or what stands in for it."""
+        path = Path(os.path.normpath(value if folder is None else folder / value))
+        if path.exists():
+            return value if folder is None else str(path.resolve())
+        if path in self.exports:
+            return str(self._made(path))
+        if folder is None:  # may be the name of a model
+            return value
+        raise InvalidInput(
+            f"{objective}.{name} is not there yet: {path}. Name the recipe that trains it before this one, or train it"
+            " first."
+        )
+
     def _made(self, path: Path) -> Path:
-        """Return an untrained model of the shapes that a recipe will export to `path`."""
+        """Return a model of the shapes that a recipe will export to `path`, untrained unless it begins from one."""
         maker, made = self.exports[path], self.place.resolve() / hashlib.sha256(str(path).encode()).hexdigest()[:16]
         if made.exists():
             return made
-        if maker.objective == "autoencoder":
-            _drawn(self._root(path), made)
-        else:
+        if maker.objective != "autoencoder":
             self.build(maker, path.parent).export(made)
+        elif start := maker.settings.get("start"):  # a phase changes no shape
+            return Path(self._there(maker.objective, "start", start, path.parent))
+        else:
+            _draw_autoencoder(maker.settings.get("model", {}), made)
         return made
 
-    def _root(self, path: Path) -> Recipe:
-        """Return the recipe whose autoencoder others trained on; they change no shape."""
-        maker = self.exports[path]
-        while start := maker.settings.get("start"):
-            path = Path(os.path.normpath(path.parent / str(start)))
-            if path not in self.exports:
-                raise InvalidInput(f"autoencoder.start is not there yet: {path}. Name the recipe that trains it, too.")
-            maker = self.exports[path]
-        return maker
 
-
-def _drawn(maker: Recipe, place: Path) -> None:
+def _draw_autoencoder(model: Mapping[str, Any], place: Path) -> None:
     from sana.checkpoints.autoencoder import AutoencoderDC
 
-    model: Mapping[str, Any] = maker.settings.get("model", {})
     AutoencoderDC.from_config(AutoencoderConfig.from_dict(model)).save_pretrained(place)

@@ -50,7 +50,7 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
         raise InvalidInput("Which recipe? For example: sana dataset features my.toml")
     shard = Options(**arguments.take(Options, given)).shard or Shard(number=1, of=1)
 
-    from sana.training.config import load_recipe
+    from sana.training.config import load_recipe, located
     from sana.training.precompute import features_of
 
     loaded = [(path, load_recipe(path, overrides)) for path in recipes]  # all of them before the first is computed
@@ -58,7 +58,9 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     done: list[dict[str, Any]] = []
     for path, recipe in loaded:
         terminal.say(f"{path}: looking at the pictures")
-        for features in features_of(recipe, path):
+        with located(path, Path(path).read_text(encoding="utf-8"), overrides):
+            found = features_of(recipe, path)
+        for features in found:
             done += _compute(features, path, (shard.number, shard.of), command, terminal)
             terminal.draft = {"features": list(done), "warnings": terminal.warnings}
     terminal.document(terminal.draft)

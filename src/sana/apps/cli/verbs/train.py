@@ -230,7 +230,9 @@ def _in_order(stages: Sequence[Stage]) -> Iterator[Stage]:
 
 def _named_paths(stage: Stage) -> set[str]:
     """Return the paths that a stage may mean by its settings, which count from here or from its folder."""
-    texts = [value for value in stage.recipe.settings.values() if isinstance(value, str)]
+    own = stage.recipe.settings
+    tables = [own, *(value for value in own.values() if isinstance(value, Mapping))]
+    texts = [value for table in tables for value in table.values() if isinstance(value, str)]
     return {os.path.normpath(path) for text in texts for path in (text, os.path.join(stage.folder, text))}
 
 
