@@ -441,14 +441,14 @@ def test_a_place_for_a_trigger_names_its_picture_and_the_setting(folder: Path) -
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"caption": "a dog"}, "flow_matching.data.caption has no effect: all pictures of {} have captions"),
+        ({"caption": "a dog"}, "data.caption has no effect: all pictures of {} have captions"),
         (
             {"mode": "score"},
-            "flow_matching.data.mode has no effect: no caption of {} has a score; `sana dataset score`",
+            "data.mode has no effect: no caption of {} has a score; `sana dataset score`",
         ),
-        ({"threshold": 20.0}, "flow_matching.data.threshold has no effect: no caption of {} has a score"),
-        ({"temperature": 0.5}, "flow_matching.data.temperature has no effect: no caption of {} has a score"),
-        ({"least_best": 20.0}, "flow_matching.data.least_best has no effect: no caption of {} has a score"),
+        ({"threshold": 20.0}, "data.threshold has no effect: no caption of {} has a score"),
+        ({"temperature": 0.5}, "data.temperature has no effect: no caption of {} has a score"),
+        ({"least_best": 20.0}, "data.least_best has no effect: no caption of {} has a score"),
     ],
 )
 def test_settings_that_no_caption_gives_anything_to_do_are_told(

@@ -1,5 +1,6 @@
 """Control pictures in a folder of their own, which belong to the pictures of a data set by their names."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -65,7 +66,8 @@ class ControlMaps:
         return self._source.identity(captions=False)
 
     def _placed(self, finding: Finding) -> Finding:
-        return replace(finding, place=f"{self.path}/{finding.place}")
+        folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
+        return replace(finding, place=os.path.join(folder, finding.place))
 
 
 def _is_of_shape(control: Sample, picture: Sample) -> bool:

@@ -252,17 +252,14 @@ class DatasetBatches:
             if any(PLACEHOLDER in caption.text for caption in sample.captions):
                 told = f"set {DATA}.trigger to what it stands for" if self._table == DATA else "write it out"
                 raise InvalidInput(f"A caption of {sample.place} in {settings.path} has {PLACEHOLDER} in it: {told}.")
-        if (
-            self._table == DATA
-            and settings.caption
-            and not any(caption.text == settings.caption for caption in captions)
-        ):
-            _log.warning("%s.caption has no effect: all pictures of %s have captions", self._table, settings.path)
+        of_recipe = self._table == DATA and bool(settings.caption)
+        if of_recipe and not any(caption.text == settings.caption for caption in captions):
+            _log.warning("data.caption has no effect: all pictures of %s have captions", settings.path)
         unused = changed(settings, "threshold", "temperature", "least_best")
         unused += ["mode"] if settings.mode == "score" else []
         if unused and all(caption.score is None for caption in captions):
-            told = "%s.%s has no effect: no caption of %s has a score; `sana dataset score` writes them"
-            _log.warning(told, self._table, unused[0], settings.path)
+            told = "data.%s has no effect: no caption of %s has a score; `sana dataset score` writes them"
+            _log.warning(told, unused[0], settings.path)
 
     def _bucket(self, sample: Sample) -> tuple[int, int]:
         return bucket_for(sample.width, sample.height, self.side, aspect=not self.settings.square)

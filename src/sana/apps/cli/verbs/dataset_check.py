@@ -1,6 +1,7 @@
 """`sana dataset check`: every sample read, what is amiss told with file and line, and a histogram of the buckets."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def _of_controls(path: str, used: "Sequence[Seen]", options: Checking) -> "Itera
         if one.sample is None or one.sample.key in lost:
             continue
         known = maps.samples[one.sample.key]
-        place = f"{path}/{known.place}"
+        place = os.path.join(path, known.place) if os.path.isdir(path) else known.place
         larger = 1.0 if one.bucket is None else enlargement(known.width, known.height, one.bucket)
         if larger > 1 and one.bucket is not None:
             kind, end = SMALL[options.small]
