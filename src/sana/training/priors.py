@@ -16,6 +16,7 @@ from sana.engine.generate import generate_images
 from sana.engine.parts import load
 from sana.engine.request import Request
 from sana.errors import InvalidInput, SanaError
+from sana.training.config import restated
 from sana.training.objectives.flow_settings import PriorSettings
 from sana.training.starting import StartModel
 
@@ -77,7 +78,8 @@ def draw_missing(start: StartModel, prior: PriorSettings, side: int, seed: int) 
             steps=prior.steps,
             guidance=prior.guidance,
         )
-        picture = generate_images(parts, request).image
+        with restated(lambda words: f"The pictures for [flow_matching.prior] cannot be drawn: {words}"):
+            picture = generate_images(parts, request).image
         publish(folder / f"class-{index:04d}.png", lambda beside, picture=picture: picture.save(beside, "PNG"))  # type: ignore[misc]
 
 
