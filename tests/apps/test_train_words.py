@@ -34,6 +34,18 @@ path = "pictures"
 size = 64
 square = true
 """
+SPRINT = """\
+objective = "sprint"
+[run]
+steps = 1
+batch_size = 2
+[sprint]
+teacher = "nano"
+[sprint.data]
+path = "pictures"
+size = 64
+square = true
+"""
 AUTOENCODER = """\
 objective = "autoencoder"
 [run]
@@ -225,6 +237,11 @@ def test_a_dry_run_of_later_phases_begins_from_what_is_there(sana: Sana, monkeyp
     [
         (LORA, ("--flow_matching.data.path", "nope"),
          "--flow_matching.data.path: There is no file or folder nope. Check the name."),
+        (LORA.replace('"nano"', '"nan0"'), (), "a.toml, line 11: flow_matching.start: There is no model 'nan0'"),
+        (LORA.replace('"nano"', '"./x"'), (), "a.toml, line 11: flow_matching.start: There is no model folder './x'"),
+        (SPRINT.replace('"nano"', '"nan0"'), (), "a.toml, line 6: sprint.teacher: There is no model 'nan0'"),
+        (SPRINT.replace("size = 64\nsquare = true", "size = 300"), (),
+         "a.toml, line 9: sprint.data.size: No buckets are published for 300 pixels"),
         (LORA.replace("size = 64\nsquare = true", "size = 300"), (),
          "a.toml, line 16: flow_matching.data.size: No buckets are published for 300 pixels"),
         (LORA.replace('train = "lora"', 'train = "controlnet"'), (),

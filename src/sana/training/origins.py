@@ -155,7 +155,9 @@ class ModelOrigin:
         self.settings, self.run, self.device, self._prepare = settings, run, device, prepare
         self.start = StartModel(settings.start, device, offload=run.offload)
         self.control = build(ControlSettings, settings.control, "flow_matching.control")
-        if self.start.is_distilled:
+        with about("flow_matching.start"):
+            is_distilled = self.start.is_distilled
+        if is_distilled:
             raise _distilled(settings.start)
         self.shift = settings.shift or self.start.flow_shift
         self.encoders = Encoders(self.start)

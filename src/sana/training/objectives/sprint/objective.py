@@ -21,7 +21,7 @@ from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
 from sana.training import exports
 from sana.training.batches import generator_of
-from sana.training.config import RunSettings, named
+from sana.training.config import RunSettings, named, restated
 from sana.training.objectives.base import Check, unasked
 from sana.training.objectives.flow_settings import FlowMatchingSettings
 from sana.training.objectives.sprint.losses import AdversarialLoss, ConsistencyLoss, MatchingLoss
@@ -69,7 +69,8 @@ class SprintObjective:
                 prompts=settings.prompts,
                 **drawn,
             )
-            self.origin = (opened or ModelOrigin)(flow, run, device)
+            with restated(lambda words: words.replace("flow_matching.start", "sprint.teacher")):
+                self.origin = (opened or ModelOrigin)(flow, run, device)
         whole = self.origin.start.transformer(torch.float32, {}).eval().requires_grad_(False)
         check_teacher(whole, settings.teacher)
         config = whole.config

@@ -10,6 +10,7 @@ from sana.config import TransformerConfig
 from sana.errors import InvalidInput
 from sana.models.linear_dit import LinearDiT
 from sana.nn.placement import placed_like
+from sana.training.config import about
 from sana.training.objectives.flow_settings import check_carried
 from sana.training.objectives.sprint.networks import Backbone
 from sana.training.objectives.sprint.settings import SprintSettings
@@ -62,7 +63,8 @@ def go_on(student: LinearDiT, start: StartModel) -> None:
 
     Errors: InvalidInput for one that was not distilled, or not from such a teacher.
     """
-    found = start.transformer(student.scale_shift_table.dtype, {})
+    with about("sprint.student"):
+        found = start.transformer(student.scale_shift_table.dtype, {})
     ours, theirs = student.config.to_dict(), found.config.to_dict()
     differing = [key for key, value in ours.items() if theirs.get(key) != value]
     if differing:
