@@ -94,7 +94,8 @@ def test_fused_attention_is_counted() -> None:
 def test_a_rate_is_that_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "CPU_SHAPE", (64, 64, 64))
     before, began = torch.get_num_threads(), time.perf_counter()
-    assert 1e8 < product_rate(torch.device("cpu"), torch.float32, 2) < 1e14
+    # Two threads wait for each other where other tests run: a small product is then slow.
+    assert 1e6 < product_rate(torch.device("cpu"), torch.float32, 2) < 1e14
     assert time.perf_counter() - began >= flops.SHORT
     assert torch.get_num_threads() == before
 
