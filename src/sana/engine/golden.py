@@ -30,8 +30,8 @@ _ROUGH_LATENTS = 0.15
 where the rounding of every step counts."""
 _PIXELS = {torch.float32: 1.0}
 _ROUGH_PIXELS = 24.0
-"""Greatest difference of a value of the thumbnail, of 255: other processors round an edge by up to 16; a model without its
-control network is 100 away."""
+"""Greatest difference of a value of the thumbnail, of 255. In half precision other processors round an edge by up to
+16; without its control network a model is 100 away."""
 
 
 @dataclass(frozen=True, kw_only=True)
