@@ -43,7 +43,7 @@ def test_control_pictures_are_checked_beside_their_pictures(sana: Sana, pictures
             picture.resize((192, 160)).save(maps / f"{number}.png")
     sound = sana("dataset", "check", "pictures", "--controls", "maps")
     assert sound.code == 3
-    assert "✗ 5.png: There is no control picture of the same name in maps." in sound.out
+    assert "✗ 5.png: There is no control picture of the same name, 5.png, in maps." in sound.out
     with Image.open(pictures / "5.png") as picture:
         picture.save(maps / "5.png")
     assert sana("dataset", "check", "pictures", "--controls", "maps").code == 0
@@ -76,6 +76,37 @@ def test_control_pictures_are_checked_beside_their_pictures(sana: Sana, pictures
             one["place"]: one["kind"] for one in json.loads(sana("dataset", "check", "pictures", *more).out)["findings"]
         }
         assert kinds["maps/2.png"] == kind, small
+
+
+def test_a_control_picture_of_no_picture_hides_no_missing_one(sana: Sana, pictures: Path) -> None:
+    maps = Path("maps")
+    maps.mkdir()
+    for number in range(5):
+        (maps / f"{number}.png").write_bytes((pictures / f"{number}.png").read_bytes())
+    (maps / "99.png").write_bytes(b"junk")
+    said = sana("dataset", "check", "pictures", "--controls", "maps")
+    assert "✗ 5.png: There is no control picture of the same name, 5.png, in maps." in said.out
+    assert "99.png" not in said.out
+    (maps / "5.png").write_bytes(b"junk")
+    said = sana("dataset", "check", "pictures", "--controls", "maps")
+    assert "✗ maps/5.png: " in said.out
+    assert "no control picture" not in said.out
+    assert sana("dataset", "pack", "pictures", "tars").code == 0
+    (Path("named") / "00000").mkdir(parents=True)
+    for number in range(5):
+        (Path("named") / "00000" / f"{number}.png").write_bytes((pictures / f"{number}.png").read_bytes())
+    said = sana("dataset", "check", "tars", "--controls", "named")
+    assert "00000.tar:5.png: There is no control picture of the same name, 00000/5.png, in named." in said.out
+    assert sana("dataset", "pack", "pictures", "maptars").code == 0
+    assert sana("dataset", "check", "tars", "--controls", "maptars").code == 0
+
+
+def test_squares_are_checked_as_recipes_of_squares_cut_them(sana: Sana, pictures: Path) -> None:
+    assert "--square is about buckets" in sana("dataset", "check", "pictures", "--square").err
+    said = sana("dataset", "check", "pictures", "--base", "64", "--square")
+    assert said.code == 0
+    assert "64 x 64" in said.out
+    assert sana("dataset", "check", "pictures", "--base", "96", "--square").code == 3
 
 
 def test_a_place_for_a_trigger_is_told_and_kept(sana: Sana, pictures: Path) -> None:

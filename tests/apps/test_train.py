@@ -57,6 +57,7 @@ class FakeTrainer:
 
     is_first = True
     data: ClassVar[dict[str, Any]] = {}
+    models: ClassVar[dict[str, str]] = {}
 
     @property
     def is_finished(self) -> bool:

@@ -1,6 +1,8 @@
 """`sana train` and the order, the data and the settings of its recipes: what is said at the start, and what stays."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,93 @@ def test_the_stages_of_the_built_in_model_are_trained_in_the_order_of_their_numb
     assert len(names) == 11
 
 
+def test_an_export_that_is_moved_is_not_looked_for_where_it_was(sana: Sana) -> None:
+    draw_pictures("pictures")
+    first = write("toy/a.toml", LORA.replace('"lora"', '"full"'))
+    second = write("toy/b.toml", LORA.replace('"nano"', '"runs/toy/a/export"'))
+    assert sana("train", first).code == 0
+    for more in ((), ("--dry-run",)):
+        said = sana("train", first, second, "-o", "elsewhere", *more)
+        assert said.code == 2
+        told = "b begins from runs/toy/a/export, but with -o the recipe a of this command exports to elsewhere/a/export"
+        assert told in said.err
+    assert not Path("elsewhere").exists()
+    absolute = str(Path("runs/toy/a/export").absolute())
+    third = write("toy/c.toml", LORA.replace('"nano"', f'"{absolute}"'))
+    (Path("runs/toy/a") / "finished.json").unlink()
+    said = sana("train", third, first, "--dry-run", "--json")
+    assert [stage["name"] for stage in json.loads(said.out)["stages"]] == ["a", "c"]
+
+
+def test_weights_that_changed_under_what_was_built_on_them_are_told(sana: Sana) -> None:
+    draw_pictures("pictures")
+    first = write("toy/a.toml", LORA.replace('"lora"', '"full"'))
+    second = write("toy/b.toml", LORA.replace('"nano"', '"runs/toy/a/export"'))
+    assert sana("train", first, second).code == 0
+    assert json.loads(sana("train", first, second, "--json").out)["warnings"] == []
+    shutil.rmtree("runs/toy/a")
+    finished = sana("train", first, second, "--optimizer.lr", "0.01", "--json")
+    assert [w for w in json.loads(finished.out)["warnings"] if "other weights" in w] == [
+        "runs/toy/b was trained from other weights than flow_matching.start names now. It is kept as it is; to train"
+        " again, remove it or choose another -o."
+    ]
+    longer = sana("train", second, "--run.steps", "2")
+    assert "goes on although the weights that flow_matching.start names have changed since it began" in longer.err
+
+
+def test_a_finished_run_lists_what_changed_and_needs_its_files(sana: Sana, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sana.training.objectives import autoencoder
+
+    monkeypatch.setattr(autoencoder, "SCALED_PICTURES", 2)
+    draw_pictures("pictures")
+    recipe = write("toy/a.toml", AUTOENCODER)
+    sana("train", recipe)
+    draw_pictures("pictures", 5)
+    changed = ("--run.seed", "3", "--optimizer.lr", "0.1", "--run.ema", "0.5", "--autoencoder.latent_noise", "0.2")
+    settings, data = json.loads(sana("train", recipe, *changed, "--json").out)["warnings"]
+    assert "now: run.seed 0 -> 3, run.ema 0.999 -> 0.5, optimizer.lr 0.001 -> 0.1 and 1 more. It is kept" in settings
+    assert "autoencoder.data 4 -> 5 samples" in data
+    single = json.loads(sana("train", recipe, "--autoencoder.latent_noise", "0.2", "--json").out)["warnings"]
+    assert "now: autoencoder.latent_noise (not set) -> 0.2. It is kept" in single[0]
+    (weights,) = Path("runs/toy/a/export").glob("*.safetensors")
+    weights.unlink()
+    assert "finished before" not in sana("train", recipe).err
+    assert weights.is_file()
+
+
+def test_a_trigger_stands_in_the_prompts_of_previews(sana: Sana) -> None:
+    draw_pictures("pictures")
+    told = LORA.replace('"a red fish"', '"a [trigger] fish"')
+    refused = sana("train", write("a.toml", told))
+    assert "a.toml, line 13: flow_matching.prompts has [trigger] in it: set flow_matching.data.trigger" in refused.err
+    trainer = start(load_recipe("a.toml", {"flow_matching.data.trigger": "sks"}), Path("runs/a"))
+    assert trainer.objective.origin.prompts == ("a sks fish",)  # type: ignore[attr-defined]
+    trainer.close()
+
+
+def test_one_folder_is_not_what_is_learnt_and_its_class(sana: Sana) -> None:
+    draw_pictures("pictures")
+    prior = '[flow_matching.prior]\nprompt = "a thing"\nfolder = "./pictures"\n'
+    said = sana("train", write("a.toml", f"{LORA}{prior}"))
+    assert "a.toml, line 20: flow_matching.prior.folder is that of flow_matching.data.path, pictures" in said.err
+
+
+def test_a_system_that_stops_a_run_while_it_is_prepared_is_answered(
+    sana: Sana, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_pictures("pictures")
+
+    def preparing(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("sana.training.start.start", preparing)
+    before = signal.getsignal(signal.SIGTERM)
+    said = sana("train", write("a.toml", LORA))
+    assert said.code == 75
+    assert "a was still being prepared. To go on: sana train a.toml" in said.err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_finished_run_tells_that_its_data_changed_and_stays_as_it_is(
     sana: Sana, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +324,10 @@ def test_a_dry_run_of_later_phases_begins_from_what_is_there(sana: Sana, monkeyp
 @pytest.mark.parametrize(
     ("text", "words", "sentence"),
     [
+        (LORA, ("--flow_matching.dat.path", "x"), "--flow_matching.dat.path: flow_matching has no setting 'dat'."),
+        (LORA, ("--flow_matching.control.kind", "canny"), "--flow_matching.control.kind: [flow_matching.control]"),
+        (LORA, ("--rnu.steps", "3"), "sana: --rnu.steps: 'a.toml' has an unknown table [rnu]. Did you mean 'run'?"),
+        (LORA, ("--flow_matching.preview_guidance", "-5"), "preview_guidance must lie from 0 to 100, but is -5.0"),
         (LORA, ("--flow_matching.data.path", "nope"),
          "--flow_matching.data.path: There is no file or folder nope. Check the name."),
         (LORA.replace('"nano"', '"nan0"'), (), "a.toml, line 11: flow_matching.start: There is no model 'nan0'"),

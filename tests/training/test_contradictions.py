@@ -68,7 +68,7 @@ def read(file: Path) -> None:
         (DATA + 'features = "f"\n', "offload = true", "run.offload has no effect beside flow_matching.data.features"),
         (DISTIL_FEATURES, "offload = true", "run.offload has no effect beside sprint.data.features"),
         (REFINE, "compile = true", "run.compile cannot take the two gradients of the phase refine apart."),
-        (DISTIL + "gradient_penalty = 0.1\n", "shard = true", "sprint.gradient_penalty does not go with run.shard"),
+        (DISTIL + "gradient_penalty = 0.1\n", "shard = true", "run.shard does not go with sprint.gradient_penalty"),
         (DISTIL, "compile = true", "run.compile does not go with sprint"),
     ],
 )

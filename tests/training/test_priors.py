@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sana.data.open import open_source
-from sana.errors import InvalidInput
+from sana.errors import BadData, InvalidInput
 from sana.training import priors
 from sana.training.objectives.flow_settings import PriorSettings
 from sana.training.priors import NOTE, draw_missing
@@ -33,19 +33,19 @@ def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
     monkeypatch.setattr(priors, "generate_images", generated)
     monkeypatch.setattr(priors, "load", lambda *_, **__: None)
 
-    def drawn(side: int = 64, model: str = "nano", **changes: Any) -> list[int]:
+    def drawn(side: int = 64, model: str = "nano", seed: int = 100, **changes: Any) -> list[int]:
         settings = PriorSettings(**{"prompt": "a dog", "folder": str(tmp_path / "class"), "count": 4, **changes})
         before = len(seeds)
-        draw_missing(StartModel(model, torch.device("cpu")), settings, side, 100)
+        draw_missing(StartModel(model, torch.device("cpu")), settings, side, seed)
         return seeds[before:]
 
     return drawn
 
 
-def own(folder: Path, *names: str) -> None:
+def own(folder: Path, *names: str, side: int = 64) -> None:
     folder.mkdir(exist_ok=True)
     for name in names:
-        Image.new("RGB", (8, 8), "red").save(folder / name)
+        Image.new("RGB", (side, side), "red").save(folder / name)
 
 
 def test_what_is_missing_is_drawn_and_no_more(draw: Draw, tmp_path: Path) -> None:
@@ -127,6 +127,36 @@ def test_a_stop_in_the_middle_leaves_what_the_next_run_goes_on_from(
             draw()
     assert json.loads((tmp_path / "class" / NOTE).read_text())["prompt"] == "a dog"
     assert draw() == [101, 102, 103]
+
+
+def test_pictures_of_ones_own_are_looked_at_before_any_is_drawn(draw: Draw, tmp_path: Path) -> None:
+    own(tmp_path / "class", "mine.png", side=32)
+    sentence = r"flow_matching\.prior\.folder: 1 pictures of .*class are smaller .* set flow_matching\.prior\.small to"
+    with pytest.raises(InvalidInput, match=sentence):
+        draw()
+    assert draw(small="skip", count=2) == [100]
+    (tmp_path / "class" / "broken.png").write_bytes(b"junk")
+    with pytest.raises(BadData, match=r"1 of 4 samples in .*class are broken .* The first: broken\.png"):
+        draw(small="skip")
+
+
+def test_what_is_drawn_later_goes_on_with_the_seed_of_what_was_drawn_first(draw: Draw, tmp_path: Path) -> None:
+    draw(count=2)
+    (tmp_path / "class" / "class-0000.png").unlink()
+    assert draw(count=3, seed=101) == [100, 102]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"prompt": "a [trigger] dog"}, r"flow_matching\.prior\.prompt has \[trigger\] in it, which a class has not"),
+        ({"folder": ""}, r"flow_matching\.prior\.folder is empty; name a folder"),
+        ({"guidance": -3.0}, r"flow_matching\.prior\.guidance must lie from 0 to 100, but is -3\.0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_once(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        PriorSettings(**{"prompt": "a dog", "folder": "f", **changes})
 
 
 def test_tars_of_class_pictures_are_taken_as_they_are(draw: Draw, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sana.data.open import open_source
 from sana.data.samples import BadSample, Finding, Sample
+from sana.data.tar import split_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +24,7 @@ class ControlMaps:
             ModelNotFound, InvalidInput, BadData: as `open_source`.
         """
         self.path, self._source = path, open_source(path, prompt="control")
-        self.findings: list[Finding] = [self._placed(found) for found in self._source.findings if found.is_broken]
-        """What is broken, or of another shape; their samples have no control picture."""
+        broken = [finding for finding in self._source.findings if finding.is_broken]
         self.missing: list[Sample] = []
         """Samples without one, those of the findings included."""
         self.samples: dict[str, Sample] = {}
@@ -33,7 +34,7 @@ class ControlMaps:
             try:
                 sample = self._source.sample(index)
             except BadSample as error:
-                self.findings.append(self._placed(error.finding))
+                broken.append(error.finding)
                 continue
             self.samples[sample.key], self._numbers[sample.key] = sample, index
         for sample in samples:
@@ -43,16 +44,17 @@ class ControlMaps:
                     f"It has {known.width} x {known.height} pixels, another shape than its picture {sample.place} of"
                     f" {sample.width} x {sample.height}. Save it in that shape."
                 )
-                self.findings.append(self._placed(Finding(kind="other-shape", place=known.place, text=text)))
+                broken.append(Finding(kind="other-shape", place=known.place, text=text))
                 del self.samples[sample.key]
                 known = None
             if known is None:
                 self.missing.append(sample)
-
-    @property
-    def unexplained(self) -> list[Sample]:
-        """The missing ones, if there are more of them than findings tell why; else none."""
-        return self.missing if len(self.missing) > sum(found.samples for found in self.findings) else []
+        reasons = [(finding, _key_of(finding.place)) for finding in broken]
+        lost = {sample.key for sample in self.missing}
+        self.findings = [self._placed(found) for found, key in reasons if any(_is_of(key, one) for one in lost)]
+        """What is broken, or of another shape, and would belong to a sample, which has no control picture then."""
+        self.unexplained = [s for s in self.missing if not any(_is_of(key, s.key) for _, key in reasons)]
+        """The missing ones of which no finding says why."""
 
     def picture(self, key: str) -> "Image":
         """Return the control picture of a sample in RGB, upright. Raises BadSample naming its place."""
@@ -68,6 +70,18 @@ class ControlMaps:
     def _placed(self, finding: Finding) -> Finding:
         folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         return replace(finding, place=os.path.join(folder, finding.place))
+
+
+def _key_of(place: str) -> str:
+    """Return the key of the sample that a finding is about, or of a tar with all its samples."""
+    tar, mark, name = place.partition(".tar:")
+    if mark:
+        return f"{tar}/{split_name(name)[0]}"
+    return place.removesuffix(".tar") if place.endswith(".tar") else str(PurePosixPath(place).with_suffix(""))
+
+
+def _is_of(key: str, sample: str) -> bool:
+    return sample == key or sample.startswith(f"{key}/")
 
 
 def _is_of_shape(control: Sample, picture: Sample) -> bool:

@@ -323,7 +323,8 @@ def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> contex
         # What stands in braces on one line has no line of its own.
         tables = [*_TABLE.findall(words), *names, *(name.rpartition(".")[0] for name in names)]
         heads = (_line_of(path, text, t, is_table=True) or _line_of(path, text, t) for t in tables)
-        place = next(filter(None, itertools.chain(places, heads)), None)
+        below = (f"--{key}" for t in tables for key in overrides if key.startswith(f"{t}."))
+        place = next(filter(None, itertools.chain(places, below, heads)), None)
         if place is None or words.startswith(f"{place}:"):
             return words
         # Of an override the name alone would stand there twice.
@@ -334,9 +335,10 @@ def located(path: str | Path, text: str, overrides: Mapping[str, str]) -> contex
 
 
 def _settings_in(words: str) -> list[str]:
-    """Return what in a sentence may be the name of a setting, the shortest first."""
-    quoted = [f"{table}.{key}" for table, key in _QUOTED.findall(words)]
-    return sorted({*_DOTTED.findall(words), *quoted}, key=lambda name: (len(name), name))
+    """Return what in a sentence may be the name of a setting, in the order of the sentence: advice comes last."""
+    quoted = [(match.start(), f"{match[1]}.{match[2]}") for match in _QUOTED.finditer(words)]
+    dotted = [(match.start(), match[0]) for match in _DOTTED.finditer(words)]
+    return [name for _, name in sorted([*quoted, *dotted], key=lambda found: found[0])]
 
 
 def _line_of(path: str | Path, text: str, name: str, *, is_table: bool = False) -> str | None:

@@ -234,13 +234,9 @@ class DatasetBatches:
 
     def _tell_small(self, small: Sequence[Sample], where: str) -> None:
         """Refuse what is smaller than its bucket, or tell what becomes of it."""
-        if small and self.settings.small == "refuse":
-            shown = ", ".join(f"{one.place} ({one.width}x{one.height})" for one in small[:_SHOWN])
-            raise InvalidInput(
-                f"{len(small)} pictures of {where} are smaller than their bucket at {self.side} pixels: {shown}"
-                f"{', ...' if len(small) > _SHOWN else ''}. Train at a smaller size (flow_matching.data.size), or set"
-                f' {self._table}.small to "skip" or "upscale".'
-            )
+        if self.settings.small == "refuse":
+            setting = f"{DATA}.controls" if where == self.settings.controls else f"{self._table}.{PATHS[self._table]}"
+            refuse_small(small, where, self.side, self._table, setting)
         if small:
             done = "left out" if self.settings.small == "skip" else "enlarged"
             _log.warning("%d pictures of %s are smaller than their bucket and are %s", len(small), where, done)
@@ -313,7 +309,8 @@ class DatasetBatches:
         if maps.unexplained:
             raise InvalidInput(
                 f"flow_matching.data.controls: {len(maps.unexplained)} pictures have no control picture of the same"
-                f" name in {maps.path}, the first is {maps.unexplained[0].place}."
+                f" name in {maps.path}, the first is {maps.unexplained[0].place}: {maps.unexplained[0].key}.png is"
+                " missing."
             )
         for finding in maps.findings if maps.missing else ():
             self._broken.note(finding)
@@ -346,6 +343,21 @@ class PriorBatches:
     def held_out(self) -> Iterator[Batch]:
         """Of the instance alone."""
         return self.instance.held_out()
+
+
+def refuse_small(small: Sequence[Sample], where: str, side: int, table: str, setting: str) -> None:
+    """Refuse pictures of `where`, if there are any, that are smaller than their bucket; `setting` brought them in.
+
+    Raises:
+        InvalidInput: naming the first of them.
+    """
+    if small:
+        shown = ", ".join(f"{one.place} ({one.width}x{one.height})" for one in small[:_SHOWN])
+        raise InvalidInput(
+            f"{setting}: {len(small)} pictures of {where} are smaller than their bucket at {side} pixels: {shown}"
+            f"{', ...' if len(small) > _SHOWN else ''}. Train at a smaller size ({DATA}.size), or set"
+            f' {table}.small to "skip" or "upscale".'
+        )
 
 
 def _is_small(sample: Sample, bucket: tuple[int, int]) -> bool:

@@ -85,6 +85,15 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the first changed settings of two records of a recipe, as a recipe names them."""
+    table = str(now.get("objective", "settings"))
+    different = list(changed(saved, now).items())
+    told = [f"{name} {_shown(old)} -> {_shown(new)}" for name, (old, new) in different[:MOST_TOLD]]
+    more = f" and {len(different) - MOST_TOLD} more" if len(different) > MOST_TOLD else ""
+    return ", ".join(one.replace("settings.", f"{table}.", 1) for one in told) + more
+
+
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tables.items():
         if isinstance(value, dict):
@@ -108,6 +117,14 @@ def check_changes(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
             )
     if told:
         _log.warning("'%s' goes on with other settings than before: %s", folder, ", ".join(told))
+
+
+def check_models(folder: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Tell when a run goes on from other weights than it was begun with, under the same name."""
+    told = [name for name, digest in now.items() if saved.get(name, digest) != digest]
+    if told:
+        names = ", ".join(told)
+        _log.warning("'%s' goes on although the weights that %s names have changed since it began", folder, names)
 
 
 def changed_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -135,5 +152,7 @@ def _shown(value: Any) -> str:
     return "(not set)" if value is None else json.dumps(value)
 
 
+MOST_TOLD = 3
+"""Changed settings that are listed of a finished run."""
 FIXED = ("objective", "run.seed", "run.batch_size", "optimizer.name")
 """Settings without which the saved numbers mean nothing."""

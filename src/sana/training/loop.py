@@ -20,7 +20,7 @@ from sana.checkpoints.storage import naming_foreign
 from sana.errors import InvalidInput, NonFinite, NotWritten, SanaError
 from sana.training import refusals
 from sana.training.config import OptimizerSettings, RunSettings
-from sana.training.folders import Lock, check_changes, check_data
+from sana.training.folders import Lock, check_changes, check_data, check_models
 from sana.training.objectives.base import LookLeft, Objective, Resumable
 from sana.training.players import Players, check_players, holding, use_checkpointing
 from sana.training.processes import Processes
@@ -62,11 +62,13 @@ class Trainer:
         *,
         settings: Mapping[str, Any] | None = None,
         rebuild: Callable[[], Objective] | None = None,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         """Build optimisers and average, and take up the newest state in `folder` if there is one.
 
         `discriminator_optimizer` is for every turn but the first; without it all have the same settings. `settings` is
-        the objective's table, kept to tell what changed. `rebuild` makes the objective again, whole, to export weights
+        the objective's table, and `models` what tells the weights that it names from others, both kept to tell what
+        changed. `rebuild` makes the objective again, whole, to export weights
         that are split over processes.
         Errors: InvalidInput for contradictory settings, a folder in use, or one of another run.
         """
@@ -91,6 +93,7 @@ class Trainer:
         self.data: dict[str, dict[str, Any]] = {
             f"{objective.name}.{name}": asdict(content) for name, content in objective.data.items()
         }
+        self.models = dict(models or {})
         self.step, self.draws, self.refused = 0, 0, 0
         self._look_is_due = True
         self.best: dict[str, Any] = {}
@@ -131,6 +134,7 @@ class Trainer:
             "best": self.best,
             "look_is_due": self._look_is_due,
             "data": self.data,
+            "models": self.models,
             "settings": self._tables,
         }
 
@@ -142,6 +146,7 @@ class Trainer:
         if self.processes.is_first:
             check_changes(self.folder, saved.get("settings", {}), self._tables)
             check_data(self.folder, saved.get("data", {}), self.data)
+            check_models(self.folder, saved.get("models", {}), self.models)
         for key in ("objective", "seed", "batch_size", "optimizer"):
             if saved.get(key) != facts[key]:
                 raise InvalidInput(

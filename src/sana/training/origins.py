@@ -18,6 +18,7 @@ from sana.checkpoints.controlnet import SanaControlNetModel
 from sana.checkpoints.folder import save_parts
 from sana.checkpoints.layout import read_json
 from sana.checkpoints.pretrained import SanaTransformer2DModel
+from sana.data.captions import PLACEHOLDER
 from sana.data.identity import Content
 from sana.engine.model_card import CARD_KEY
 from sana.errors import InvalidInput
@@ -163,7 +164,7 @@ class ModelOrigin:
         self.encoders = Encoders(self.start)
         self.batches: Batches = self._dataset() if settings.data else self._drawn()
         shown = self.batches.first_captions(4) if isinstance(self.batches, DatasetBatches) else DRAWN_PROMPTS
-        self.prompts = settings.prompts or shown
+        self.prompts = self._called(settings.prompts) or shown
 
     @property
     def content(self) -> Mapping[str, Content]:
@@ -171,6 +172,15 @@ class ModelOrigin:
         if isinstance(self.batches, PriorBatches):
             return {"data": self.batches.instance.content, "prior": self.batches.prior.content}
         return {"data": self.batches.content} if isinstance(self.batches, DatasetBatches) else {}
+
+    def _called(self, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the prompts of the recipe with the trigger of the data in its place."""
+        trigger = str(self.settings.data.get("trigger", ""))
+        if not trigger and any(PLACEHOLDER in prompt for prompt in prompts):
+            raise InvalidInput(
+                f"flow_matching.prompts has {PLACEHOLDER} in it: set flow_matching.data.trigger to what it stands for."
+            )
+        return tuple(prompt.replace(PLACEHOLDER, trigger) for prompt in prompts)
 
     def _dataset(self) -> Batches:
         settings = self.settings

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sana.checkpoints.storage import publish, write_json
+from sana.data.buckets import enlargement
+from sana.data.examine import check_share
+from sana.data.folder import FolderSource
 from sana.data.open import has_shards, open_source
+from sana.data.samples import BadSample, Finding, Sample
 from sana.engine.generate import generate_images
 from sana.engine.parts import load
 from sana.engine.request import Request
-from sana.errors import InvalidInput, SanaError
+from sana.errors import InvalidInput
 from sana.training.config import restated
+from sana.training.dataset_batches import PRIOR, refuse_small
 from sana.training.objectives.flow_settings import PriorSettings
 from sana.training.starting import StartModel
 
@@ -30,13 +35,14 @@ def missing_numbers(start: StartModel, prior: PriorSettings, side: int) -> list[
     """Return the numbers of the pictures that are still to be drawn, to have `prior.count` with those of one's own.
 
     Raises:
-        InvalidInput: there are drawn pictures of other settings, or too few in tars.
+        InvalidInput: there are drawn pictures of other settings, too small ones, or too few in tars.
+        BadData: too many of one's own are broken.
     """
     folder = Path(prior.folder).expanduser()
     if has_shards(folder):
         _check_enough(prior, len(open_source(folder, prompt=prior.prompt)))
         return []
-    drawn, own = _listed(folder, prior)
+    drawn, own = _listed(folder, prior, side)
     wanted = range(max(0, prior.count - own))
     if drawn:
         _check_note(folder, _note(start, prior, side))
@@ -66,7 +72,8 @@ def draw_missing(start: StartModel, prior: PriorSettings, side: int, seed: int) 
     folder.mkdir(parents=True, exist_ok=True)
     if not any(_DRAWN.fullmatch(path.name) for path in folder.iterdir()):
         # First of all: what is there when this is killed must be known.
-        write_json(folder / NOTE, _note(start, prior, side))
+        write_json(folder / NOTE, {**_note(start, prior, side), "seed": seed})
+    seed = _noted_seed(folder, seed)
     _log.info("drawing %d pictures of '%s' into %s", len(missing), prior.prompt, folder)
     parts = load(start.name, device=start.device)
     for index in missing:
@@ -89,16 +96,30 @@ def _note(start: StartModel, prior: PriorSettings, side: int) -> dict[str, Any]:
     return {"model": start.name, "side": side, **drawn}
 
 
-def _listed(folder: Path, prior: PriorSettings) -> tuple[set[int], int]:
-    """Return the numbers of the drawn pictures in a folder, and how many others it holds."""
+def _listed(folder: Path, prior: PriorSettings, side: int) -> tuple[set[int], int]:
+    """Return the numbers of the drawn pictures in a folder, and how many others it holds, which are looked at.
+
+    Errors: InvalidInput, BadData: as the training would refuse them after all others are drawn.
+    """
+    drawn = {int(found[1]) for path in folder.glob("*") if (found := _DRAWN.fullmatch(path.name))}
     if not folder.is_dir():
         return set(), 0
-    drawn = {int(found[1]) for path in folder.iterdir() if (found := _DRAWN.fullmatch(path.name))}
-    try:
-        total = len(open_source(folder, prompt=prior.prompt))
-    except SanaError:  # no picture yet; what else is wrong is told when it is opened for the training
-        total = 0
-    return drawn, max(0, total - len(drawn))
+    source = FolderSource(folder, prompt=prior.prompt)
+    own: list[Sample] = []
+    broken: list[Finding] = [found for found in source.findings if found.is_broken]
+    for index in range(len(source)):
+        try:
+            sample = source.sample(index)
+        except BadSample as error:
+            broken.append(error.finding)
+            continue
+        if not _DRAWN.fullmatch(sample.place):
+            own.append(sample)
+    check_share(broken, max(prior.count, len(source)), where=prior.folder)
+    if prior.small == "refuse":
+        small = [sample for sample in own if enlargement(sample.width, sample.height, (side, side)) > 1]
+        refuse_small(small, prior.folder, side, PRIOR, f"{PRIOR}.folder")
+    return drawn, len(own)
 
 
 def _check_enough(prior: PriorSettings, there: int) -> None:
@@ -107,6 +128,14 @@ def _check_enough(prior: PriorSettings, there: int) -> None:
             f"flow_matching.prior.count is {prior.count}, but the tars in {prior.folder} hold {there} pictures, and"
             " none are drawn into tars. Lower it, or name another folder."
         )
+
+
+def _noted_seed(folder: Path, seed: int) -> int:
+    """Return the seed with which drawing began, so that no picture comes twice; without a note, that of now."""
+    try:
+        return int(json.loads((folder / NOTE).read_text(encoding="utf-8"))["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return seed
 
 
 def _check_note(folder: Path, told: Mapping[str, Any]) -> None:

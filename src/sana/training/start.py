@@ -15,6 +15,7 @@ import torch
 from sana.checkpoints.hub import locate
 from sana.errors import InvalidInput, ModelNotFound, did_you_mean
 from sana.training.config import Recipe, RunSettings, build
+from sana.training.contents import weights_of
 from sana.training.estimate import Estimate, estimate
 from sana.training.flops import product_rate
 from sana.training.folders import Lock
@@ -100,6 +101,7 @@ def start(recipe: Recipe, folder: Path) -> Trainer:
         recipe.discriminator_optimizer,
         settings=recipe.settings,
         rebuild=make,
+        models=weights_of(recipe, folder),
     )
 
 

@@ -89,16 +89,17 @@ class StandIns:
 
     def _there(self, objective: str, name: str, value: str, folder: Path | None) -> str:
         """Return a model that a setting names, whose path may count from a folder, or what stands in for it."""
-        path = Path(os.path.normpath(value if folder is None else folder / value))
+        path = Path(os.path.abspath(value if folder is None else folder / value))
         if path.exists():
             return value if folder is None else str(path.resolve())
-        if path in self.exports:
-            return str(self._made(path))
+        known = next((export for export in self.exports if Path(os.path.abspath(export)) == path), None)
+        if known is not None:
+            return str(self._made(known))
         if folder is None:  # may be the name of a model
             return value
         raise InvalidInput(
-            f"{objective}.{name} is not there yet: {path}. Name the recipe that trains it before this one, or train it"
-            " first."
+            f"{objective}.{name} is not there yet: {os.path.relpath(path)}. Name the recipe that trains it before this"
+            " one, or train it first."
         )
 
     def _made(self, path: Path) -> Path:

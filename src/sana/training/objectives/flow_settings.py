@@ -1,5 +1,6 @@
 """The `[flow_matching]` table of a recipe."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 
 from sana.cards import CARDS
 from sana.config import TransformerConfig
-from sana.data.captions import CaptionChoice
+from sana.data.captions import PLACEHOLDER, CaptionChoice
 from sana.errors import InvalidInput, did_you_mean
 from sana.flow.density import DENSITIES, WEIGHTINGS
 from sana.training.config import RunSettings, build, changed, check_fields
@@ -95,6 +96,14 @@ class PriorSettings:
         if self.count < 1 or self.steps < 1:
             raise InvalidInput("flow_matching.prior.count and .steps must be at least 1.")
         _check_small(self.small, "flow_matching.prior")
+        if not self.folder:
+            raise InvalidInput("flow_matching.prior.folder is empty; name a folder for the pictures of the class.")
+        if PLACEHOLDER in self.prompt:
+            raise InvalidInput(
+                f"flow_matching.prior.prompt has {PLACEHOLDER} in it, which a class has not; write it out."
+            )
+        if not 0 <= self.guidance <= 100:
+            raise InvalidInput(f"flow_matching.prior.guidance must lie from 0 to 100, but is {self.guidance}.")
         if not self.weight > 0:
             raise InvalidInput(f"flow_matching.prior.weight must be positive, but is {self.weight}; omit the table.")
 
@@ -171,6 +180,10 @@ class FlowMatchingSettings:
             raise InvalidInput(
                 f"flow_matching.{drawn[0]} is of the drawn world; the captions of [flow_matching.data] stay."
             )
+        if not 0 <= self.preview_guidance <= 100:
+            raise InvalidInput(
+                f"flow_matching.preview_guidance must lie from 0 to 100, but is {self.preview_guidance}."
+            )
         if self.logit_std <= 0:
             raise InvalidInput(f"flow_matching.logit_std must be positive, but is {self.logit_std}.")
         normal = changed(self, "logit_mean", "logit_std")
@@ -222,6 +235,12 @@ class FlowMatchingSettings:
             raise InvalidInput('flow_matching.data.controls goes with [flow_matching.control] kind = "map".')
         if tables["prior"] and not (tables["data"] and tables["data"].square):
             raise InvalidInput("[flow_matching.prior] needs [flow_matching.data] square = true: one size for both.")
+        same = [os.path.realpath(os.path.expanduser(t)) for t in (self.prior.get("folder"), self.data.get("path")) if t]
+        if tables["prior"] and len(set(same)) < 2:
+            raise InvalidInput(
+                f"flow_matching.prior.folder is that of flow_matching.data.path, {self.data['path']}: what is to be"
+                " learnt would count as the class. Name another folder."
+            )
         if tables["prior"] and is_map:
             raise InvalidInput('[flow_matching.prior] has no control pictures, so kind = "map" does not go with it.')
 

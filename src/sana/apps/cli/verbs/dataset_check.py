@@ -51,6 +51,8 @@ class Checking:
 
     base: Annotated[int | None, Spelling(value="PIXELS")] = None
     """Side of the square that a model is trained at; tells buckets, and what is too small for them."""
+    square: bool = False
+    """Cut all pictures to a square, as recipes with square = true do; --base may then be any multiple of 32."""
     small: Literal["refuse", "skip", "upscale"] = "refuse"
     """What training does with pictures smaller than their bucket: stop, leave them out, or enlarge them."""
     model: Annotated[str | None, Spelling(short="-m", value="MODEL")] = None
@@ -86,15 +88,17 @@ def run(words: Sequence[str], terminal: Terminal) -> int:
     names, given = arguments.read(words, GROUPS, usage=USAGE, description=DESCRIPTION)
     options = Checking(**arguments.take(Checking, given))
     path = one_path(names, "check")
-    if options.small != "refuse" and options.base is None:
-        raise InvalidInput("--small is about buckets. Give --base too, or leave it out.")
+    for name, is_given in (("small", options.small != "refuse"), ("square", options.square)):
+        if is_given and options.base is None:
+            raise InvalidInput(f"--{name} is about buckets. Give --base too, or leave it out.")
 
     from sana.data.captions import CaptionChoice
     from sana.data.examine import Wanted, examine
     from sana.data.open import open_source
 
     source = open_source(path)
-    wanted = Wanted(base=options.base, small=options.small, choice=CaptionChoice(trigger=options.trigger))
+    choice = CaptionChoice(trigger=options.trigger)
+    wanted = Wanted(base=options.base, aspect=not options.square, small=options.small, choice=choice)
     too_long = _counter(options.model)
     seen = Checked(findings=list(source.findings))
     used: list[Seen] = []
@@ -124,7 +128,7 @@ def _of_controls(path: str, used: "Sequence[Seen]", options: Checking) -> "Itera
     maps = ControlMaps(path, [one.sample for one in used if one.sample is not None])
     yield from maps.findings
     for sample in maps.unexplained:
-        text = f"There is no control picture of the same name in {path}."
+        text = f"There is no control picture of the same name, {sample.key}.png, in {path}."
         yield Finding(kind="missing", place=sample.place, text=text)
     lost = {sample.key for sample in maps.missing}
     for one in used:

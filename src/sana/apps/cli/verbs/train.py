@@ -205,7 +205,7 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
     for path in recipes:
         own = {key: text for key, text in overrides.items() if _concerns(key, path, tables)}
         file = Path(path)
-        root = Path(output) if output is not None else Path("runs") / (file.resolve().parent.name or "recipes")
+        root = Path(output) if output is not None else _root(file)
         recipe = load_recipe(path, own)
         where = functools.partial(located, path, file.read_text(encoding="utf-8"), own)
         with where():
@@ -215,6 +215,7 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
     for folder in folders:
         if folders.count(folder) > 1:
             raise InvalidInput(f"Two of the recipes would be trained in {folder}. Train them with separate commands.")
+    _check_moved(stages, recipes)
     return list(_in_order(stages))
 
 
@@ -222,7 +223,7 @@ def _in_order(stages: Sequence[Stage]) -> Iterator[Stage]:
     """Yield the stages as given, but each after those whose exports it names: shells sort 10 before 2."""
     waiting = list(stages)
     while waiting:
-        exports = {os.path.normpath(stage.export) for stage in waiting}
+        exports = {os.path.abspath(stage.export) for stage in waiting}
         ready = next((stage for stage in waiting if not exports & _named_paths(stage)), waiting[0])
         waiting.remove(ready)
         yield ready
@@ -233,7 +234,30 @@ def _named_paths(stage: Stage) -> set[str]:
     own = stage.recipe.settings
     tables = [own, *(value for value in own.values() if isinstance(value, Mapping))]
     texts = [value for table in tables for value in table.values() if isinstance(value, str)]
-    return {os.path.normpath(path) for text in texts for path in (text, os.path.join(stage.folder, text))}
+    return {os.path.abspath(path) for text in texts for path in (text, os.path.join(stage.folder, text))}
+
+
+def _check_moved(stages: Sequence[Stage], recipes: Sequence[str]) -> None:
+    """Refuse stages that begin from where another of this command would export, had `-o` not moved it.
+
+    Raises:
+        InvalidInput: naming both paths.
+    """
+    usual = {os.path.abspath(_root(Path(path)) / Path(path).stem / "export"): path for path in recipes}
+    moved = {usual[place]: place for place in usual}
+    for stage in stages:
+        for path, other in zip(recipes, stages, strict=True):
+            place = moved[path]
+            if place in _named_paths(stage) and place != os.path.abspath(other.export) and stage is not other:
+                raise InvalidInput(
+                    f"{stage.name} begins from {os.path.relpath(place)}, but with -o the recipe {other.name} of this"
+                    f" command exports to {other.export}. Name that in the recipe, or leave -o out."
+                )
+
+
+def _root(recipe: Path) -> Path:
+    """Return the folder of a recipe's runs, where none is given."""
+    return Path("runs") / (recipe.resolve().parent.name or "recipes")
 
 
 def _tables(path: str) -> frozenset[str]:
@@ -257,18 +281,38 @@ def _is_finished(stage: Stage, terminal: Terminal) -> bool:
     try:
         record = json.loads((stage.folder / FINISHED).read_text(encoding="utf-8"))
         steps, data = int(record["run"]["steps"]), dict(record.pop("data", {}))
+        models, files = dict(record.pop("models", {})), list(record.pop("files", []))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if not stage.export.is_dir() or steps < stage.recipe.run.steps:
+    is_whole = stage.export.is_dir() and all((stage.export / name).is_file() for name in files)
+    if not is_whole or steps < stage.recipe.run.steps:
         return False
     if record != stage.record():
+        from sana.training.folders import changed_settings
+
+        told = changed_settings(record, stage.record())
         terminal.warn(
-            f"{stage.folder} was trained with other settings than the recipe has now. It is kept as it is;"
+            f"{stage.folder} was trained with other settings than the recipe has now: {told}. It is kept as it is;"
             " to train again, remove it or choose another -o."
         )
-    elif data:
+    if models:
+        _tell_models(stage, models, terminal)
+    if data:
         _tell_data(stage, data, terminal)
     return True
+
+
+def _tell_models(stage: Stage, models: Mapping[str, str], terminal: Terminal) -> None:
+    """Tell when a finished stage began from weights that are others now."""
+    from sana.training.contents import weights_of
+
+    now = weights_of(stage.recipe, stage.folder)
+    told = [name for name, digest in models.items() if now.get(name, digest) != digest]
+    if told:
+        terminal.warn(
+            f"{stage.folder} was trained from other weights than {', '.join(told)} names now. It is kept as it is; to"
+            " train again, remove it or choose another -o."
+        )
 
 
 def _tell_data(stage: Stage, data: Mapping[str, Any], terminal: Terminal) -> None:
@@ -298,7 +342,7 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
     from sana.training.start import start
 
     terminal.say(f"{stage.name}: preparing {stage.recipe.objective.replace('_', ' ')} in {stage.folder}")
-    with stage.located():
+    with stage.located(), _preempting(f"{stage.name} was still being prepared. To go on: {command}"):
         trainer = start(stage.recipe, stage.folder)
     if trainer.step:
         terminal.say(f"{stage.name}: going on at step {trainer.step} of {stage.recipe.run.steps}")
@@ -308,16 +352,18 @@ def _train(stage: Stage, terminal: Terminal, command: str) -> bool:
         raise _stop(asked)(f"{where}. To go on: {command}")
     trainer.export(stage.export)
     if trainer.is_first:
-        _note_finished(stage, trainer.data)
+        _note_finished(stage, trainer)
     if asked:
         raise _stop(asked)(f"{stage.name} is finished. To go on: {command}")
     return trainer.is_first
 
 
-def _note_finished(stage: Stage, data: Mapping[str, Any]) -> None:
+def _note_finished(stage: Stage, trainer: "Trainer") -> None:
     from sana.checkpoints.storage import publish
 
-    text = json.dumps({**stage.record(), "data": data}, indent=1)
+    files = sorted(path.relative_to(stage.export).as_posix() for path in stage.export.rglob("*") if path.is_file())
+    beside = {"data": trainer.data, "models": trainer.models, "files": files}
+    text = json.dumps({**stage.record(), **beside}, indent=1)
     try:
         publish(stage.folder / FINISHED, lambda beside: beside.write_text(text, encoding="utf-8"))
     except OSError as error:
@@ -359,6 +405,23 @@ def _finite(value: float) -> float | None:
 def _figures(stage: Stage, report: "TrainStep") -> str:
     figures = ", ".join(f"{name} {value:.4g}" for name, value in (report.figures or {}).items())
     return f"{stage.name} · step {report.step} · held out: {figures}"
+
+
+@contextlib.contextmanager
+def _preempting(told: str) -> Iterator[None]:
+    """Stop at once, saying so, when the system asks: before the first step there is nothing to save."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Preempted(told)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1")] if is_main else []
+    before = {number: signal.signal(number, stop) for number in numbers if number is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -155,8 +155,8 @@ class SprintSettings:
             raise InvalidInput("run.compile does not go with sprint: the student is differentiated in forward mode.")
         if self.gradient_penalty and run.shard:
             raise InvalidInput(
-                "sprint.gradient_penalty does not go with run.shard: it differentiates twice, and split weights are"
-                " gone the second time. Remove one of them."
+                "run.shard does not go with sprint.gradient_penalty, which differentiates twice: split weights are gone"
+                " the second time. Remove one of them."
             )
         if self.matching_weight and run.export == "best":
             raise InvalidInput(
