@@ -16,7 +16,8 @@ from command import Sana
 
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.output import Terminal
-from sana.apps.cli.verbs.train import plan, split_overrides, stop_requests
+from sana.apps.cli.recipes import plan, split_overrides
+from sana.apps.cli.verbs.train import stop_requests
 from sana.checkpoints import tensors
 from sana.errors import InvalidInput
 from sana.training.loop import Trainer, TrainStep

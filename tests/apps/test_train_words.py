@@ -92,7 +92,7 @@ def everything() -> set[Path]:
 
 
 def test_a_recipe_comes_after_those_whose_exports_it_names(sana: Sana, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sana.apps.cli.verbs.train import plan
+    from sana.apps.cli.recipes import plan
 
     flow = '[run]\nsteps = 1\nbatch_size = 1\n[flow_matching]\nfeatures = "../f"\n'
     names = {
@@ -114,7 +114,7 @@ def test_a_recipe_comes_after_those_whose_exports_it_names(sana: Sana, monkeypat
 
 
 def test_recipes_that_name_each_other_keep_the_order_in_which_they_were_given(sana: Sana) -> None:
-    from sana.apps.cli.verbs.train import plan
+    from sana.apps.cli.recipes import plan
 
     flow = 'objective = "flow_matching"\n[run]\nsteps = 1\nbatch_size = 1\n[flow_matching]\nfeatures = "f"\n'
     for name, other in (("a", "b"), ("b", "a")):
@@ -125,7 +125,7 @@ def test_recipes_that_name_each_other_keep_the_order_in_which_they_were_given(sa
 def test_the_stages_of_the_built_in_model_are_trained_in_the_order_of_their_numbers(
     sana: Sana, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sana.apps.cli.verbs.train import plan
+    from sana.apps.cli.recipes import plan
 
     root = Path(__file__).parents[2] / "recipes" / "nano"
     names = [stage.name for stage in plan(sorted(map(str, root.glob("*.toml"))), {}, None)]

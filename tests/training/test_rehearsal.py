@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_needs import bare_memory, measured, memory
 
-from sana.apps.cli.verbs.train import split_overrides
+from sana.apps.cli.recipes import split_overrides
 from sana.card import AUTOENCODER_PARAMS, TEXT_ENCODER_PARAMS
 from sana.cards import CARDS
 from sana.errors import InvalidInput

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sana import SanaSprintPipeline
-from sana.apps.cli.verbs.train import split_overrides
+from sana.apps.cli.recipes import split_overrides
 from sana.cards import CARDS
 from sana.errors import InvalidInput
 from sana.training.config import build, load_recipe

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sana.apps.cli import arguments
 from sana.apps.cli.arguments import Group, Spelling
 from sana.apps.cli.output import Terminal
+from sana.apps.cli.recipes import split_overrides
 from sana.apps.cli.values import Shard, read_shard
-from sana.apps.cli.verbs.train import split_overrides
 from sana.errors import InvalidInput
 
 if TYPE_CHECKING:
