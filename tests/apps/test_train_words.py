@@ -152,6 +152,19 @@ def test_an_export_that_is_moved_is_not_looked_for_where_it_was(sana: Sana) -> N
     assert [stage["name"] for stage in json.loads(said.out)["stages"]] == ["a", "c"]
 
 
+def test_a_model_that_no_recipe_makes_is_told_before_the_first_is_trained(sana: Sana) -> None:
+    draw_pictures("pictures")
+    first = write("toy/a.toml", LORA)
+    second = write("toy/b.toml", LORA.replace('"nano"', '"runs/toy/x/export"'))
+    said = sana("train", first, second)
+    assert said.code == 3
+    told = (
+        "toy/b.toml, line 11: flow_matching.start: There is no model folder 'runs/toy/x/export', and no recipe of this"
+    )
+    assert told in said.err
+    assert not Path("runs").exists()
+
+
 def test_weights_that_changed_under_what_was_built_on_them_are_told(sana: Sana) -> None:
     draw_pictures("pictures")
     first = write("toy/a.toml", LORA.replace('"lora"', '"full"'))

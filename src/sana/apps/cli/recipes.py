@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sana.errors import InvalidInput
+from sana.errors import InvalidInput, ModelNotFound
 
 if TYPE_CHECKING:
     from sana.training.config import Recipe
@@ -85,6 +85,9 @@ def plan(recipes: Sequence[str], overrides: Mapping[str, str], output: str | Non
         if folders.count(folder) > 1:
             raise InvalidInput(f"Two of the recipes would be trained in {folder}. Train them with separate commands.")
     _check_moved(stages, recipes)
+    for stage in stages:
+        with stage.located():
+            _check_begun(stage, stages)
     return list(_in_order(stages))
 
 
@@ -104,6 +107,24 @@ def _named_paths(stage: Stage) -> set[str]:
     tables = [own, *(value for value in own.values() if isinstance(value, Mapping))]
     texts = [value for table in tables for value in table.values() if isinstance(value, str)]
     return {os.path.abspath(path) for text in texts for path in (text, os.path.join(stage.folder, text))}
+
+
+def _check_begun(stage: Stage, stages: Sequence[Stage]) -> None:
+    """Refuse a stage that begins from a run that is not there and that none of the stages makes.
+
+    Raises:
+        ModelNotFound: naming the setting; before the stages ahead of it are trained.
+    """
+    exports = {os.path.abspath(other.export) for other in stages}
+    for name in ("start", "teacher", "student"):
+        value = str(stage.recipe.settings.get(name, ""))
+        is_path = value.startswith(("runs/", "./", "/"))
+        places = {os.path.abspath(path) for path in (value, os.path.join(stage.folder, value))}
+        if is_path and not places & exports and not any(os.path.exists(place) for place in places):
+            raise ModelNotFound(
+                f"{stage.recipe.objective}.{name}: There is no model folder '{value}', and no recipe of this command"
+                " makes it. Train that first, or name another."
+            )
 
 
 def _check_moved(stages: Sequence[Stage], recipes: Sequence[str]) -> None:
