@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from command import Sana
+from command import TINY_AUTOENCODER, Sana
 
 from sana.apps.cli.machine import Machine
 from sana.apps.cli.output import Terminal
@@ -30,19 +30,8 @@ objective = "autoencoder"
 steps = 2
 batch_size = 2
 precision = "float32"
-[autoencoder.model]
-latent_channels = 8
-encoder_block_types = "ResBlock"
-decoder_block_types = "ResBlock"
-encoder_block_out_channels = [8, 8, 16, 32, 32, 32]
-decoder_block_out_channels = [8, 8, 16, 32, 32, 32]
-encoder_layers_per_block = [0, 1, 1, 1, 1, 1]
-decoder_layers_per_block = [0, 1, 1, 1, 1, 1]
-encoder_qkv_multiscales = [[], [], [], [], [], []]
-decoder_qkv_multiscales = [[], [], [], [], [], []]
-encoder_out_shortcut = false
-decoder_in_shortcut = false
 """
+SMALL += TINY_AUTOENCODER
 
 
 class FakeTrainer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import Sana
+from command import TINY_AUTOENCODER, Sana
 from PIL import Image
 
 from sana.data import cutouts
@@ -57,19 +57,8 @@ precision = "float32"
 [autoencoder]
 data = "pictures"
 size = 64
-[autoencoder.model]
-latent_channels = 8
-encoder_block_types = "ResBlock"
-decoder_block_types = "ResBlock"
-encoder_block_out_channels = [8, 8, 16, 32, 32, 32]
-decoder_block_out_channels = [8, 8, 16, 32, 32, 32]
-encoder_layers_per_block = [0, 1, 1, 1, 1, 1]
-decoder_layers_per_block = [0, 1, 1, 1, 1, 1]
-encoder_qkv_multiscales = [[], [], [], [], [], []]
-decoder_qkv_multiscales = [[], [], [], [], [], []]
-encoder_out_shortcut = false
-decoder_in_shortcut = false
 """
+AUTOENCODER += TINY_AUTOENCODER
 
 
 def write(name: str, text: str) -> str:

@@ -49,11 +49,11 @@ class ControlMaps:
                 known = None
             if known is None:
                 self.missing.append(sample)
-        reasons = [(finding, _key_of(finding.place)) for finding in broken]
-        lost = {sample.key for sample in self.missing}
-        self.findings = [self._placed(found) for found, key in reasons if any(_is_of(key, one) for one in lost)]
+        wanted = {key for sample in self.missing for key in _keys(sample)}
+        self.findings = [self._placed(found) for found in broken if _key_of(found.place) in wanted]
         """What is broken, or of another shape, and would belong to a sample, which has no control picture then."""
-        self.unexplained = [s for s in self.missing if not any(_is_of(key, s.key) for _, key in reasons)]
+        reasons = {_key_of(finding.place) for finding in broken}
+        self.unexplained = [sample for sample in self.missing if reasons.isdisjoint(_keys(sample))]
         """The missing ones of which no finding says why."""
 
     def picture(self, key: str) -> "Image":
@@ -80,8 +80,9 @@ def _key_of(place: str) -> str:
     return place.removesuffix(".tar") if place.endswith(".tar") else str(PurePosixPath(place).with_suffix(""))
 
 
-def _is_of(key: str, sample: str) -> bool:
-    return sample == key or sample.startswith(f"{key}/")
+def _keys(sample: Sample) -> tuple[str, ...]:
+    """Return the keys by which a finding may be about the control picture of a sample: its own, and that of its tar."""
+    return (sample.key, *map(str, PurePosixPath(sample.key).parents))
 
 
 def _is_of_shape(control: Sample, picture: Sample) -> bool:

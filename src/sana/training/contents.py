@@ -1,4 +1,4 @@
-"""What tells the data sets that a recipe names from any others, read from the disk without a model."""
+"""What tells the data sets and weights that a recipe names from any others, read from the disk without a model."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from sana.data.samples import BadSample, Dataset, Sample
 from sana.training.config import Recipe
 
 MODELS = ("start", "teacher", "student", "autoencoder", "text")
-"""Settings that may name a folder of weights."""
+"""Settings that may name a folder of weights, such as the export of another recipe."""
 
 
 def weights_of(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -227,15 +227,14 @@ class DatasetBatches:
                     continue
             found[index] = sample
         self._broken.counted(len(found))
-        self._tell_small(small, self.settings.path)
+        self._tell_small(small, self.settings.path, f"{self._table}.{PATHS[self._table]}")
         if not found:
             raise BadData(f"No picture in {self.settings.path} can be trained on; all are small or score low.")
         return found
 
-    def _tell_small(self, small: Sequence[Sample], where: str) -> None:
-        """Refuse what is smaller than its bucket, or tell what becomes of it."""
+    def _tell_small(self, small: Sequence[Sample], where: str, setting: str) -> None:
+        """Refuse what of `where`, which a setting names, is smaller than its bucket, or tell what becomes of it."""
         if self.settings.small == "refuse":
-            setting = f"{DATA}.controls" if where == self.settings.controls else f"{self._table}.{PATHS[self._table]}"
             refuse_small(small, where, self.side, self._table, setting)
         if small:
             done = "left out" if self.settings.small == "skip" else "enlarged"
@@ -320,7 +319,7 @@ class DatasetBatches:
             for sample in self.samples.values()
             if sample.key not in lost and _is_small(maps.samples[sample.key], self._bucket(sample))
         }
-        self._tell_small(list(small.values()), maps.path)
+        self._tell_small(list(small.values()), maps.path, f"{DATA}.controls")
         lost |= small.keys() if self.settings.small == "skip" else set()
         self.samples = {index: sample for index, sample in self.samples.items() if sample.key not in lost}
         if not self.samples:

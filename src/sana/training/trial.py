@@ -17,6 +17,7 @@ import torch
 from sana.config import AutoencoderConfig
 from sana.errors import InvalidInput
 from sana.training.config import Recipe, RunSettings
+from sana.training.contents import MODELS
 from sana.training.drawn_batches import HELD_OUT
 from sana.training.estimate import WALKS
 from sana.training.objectives.base import Objective
@@ -24,8 +25,6 @@ from sana.training.objectives.flow_settings import DataSettings, FlowMatchingSet
 from sana.training.origins import ModelOrigin
 from sana.training.priors import missing_numbers
 
-MODELS = ("start", "teacher", "student", "autoencoder", "text")
-"""Settings that may name what another recipe exports."""
 _log = logging.getLogger(__name__)
 
 
